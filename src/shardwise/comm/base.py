@@ -1,0 +1,266 @@
+"""The interface of a transport, the identity that every collective carries, and the arithmetic of the ordered sum."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from shardwise.errors import CollectiveError
+from shardwise.layout import Span
+from shardwise.mesh import Axis
+
+Cuts = Sequence[int]
+"""``world + 1`` positions in elements: rank r owns ``[cuts[r], cuts[r+1])`` of a flat buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Elements that one collective carries at most; a larger buffer travels in several rounds."""
+
+    reduce_numel: int
+    gather_numel: int
+
+
+def rounds(cuts: Cuts, limit: int) -> list[list[Span]]:
+    """Cut every rank's slice into pieces, so that one piece of each rank holds ``limit`` elements together at most.
+
+    Returns:
+        For each round one span a rank; a rank with a shorter slice has empty ones in the end.
+    """
+    piece = max(1, limit // (len(cuts) - 1))
+    longest = max(end - begin for begin, end in itertools.pairwise(cuts))
+    return [
+        [Span(min(begin + at, end), min(begin + at + piece, end)) for begin, end in itertools.pairwise(cuts)]
+        for at in range(0, longest, piece)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveId:
+    """What a collective is for. Ranks that meet with different identities are stopped, never mixed."""
+
+    operation: str
+    unit: str
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.operation} of unit {self.unit!r} at step {self.step}"
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None:
+        """Return when the result may be used (on CUDA: by the current stream).
+
+        Raises:
+            CollectiveError: another rank is in another collective, or did not come in time.
+        """
+
+    def poll(self) -> None:
+        """Do what can be done without waiting; most transports have nothing to do."""
+
+
+class InTurn:
+    """Several collectives of which one is under way at a time; each starts when the one before it is over."""
+
+    def __init__(self, starts: Iterable[Callable[[], Pending]]) -> None:
+        self._starts = iter(starts)
+        self._current = self._start_next()
+
+    def _start_next(self) -> Pending | None:
+        start = next(self._starts, None)
+        return None if start is None else start()
+
+    def wait(self) -> None:
+        """Finish the one under way, then start and finish the others."""
+        while self._current is not None:
+            self._current.wait()
+            self._current = self._start_next()
+
+    def poll(self) -> None:
+        """Let the one under way do what it can."""
+        if self._current is not None:
+            self._current.poll()
+
+
+class Done:
+    """A collective that needed no waiting."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def poll(self) -> None:
+        """Nothing to do."""
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank received, by operation; what a formula is compared with."""
+
+    received_bytes: dict[str, int] = field(default_factory=dict)
+
+    def count(self, operation: str, num_bytes: int) -> None:
+        """Add ``num_bytes`` to what came in by ``operation``."""
+        self.received_bytes[operation] = self.received_bytes.get(operation, 0) + num_bytes
+
+
+class Communicator(ABC):
+    """Moves flat buffers between the ranks of one mesh axis.
+
+    All methods but ``allocate``, ``borrow`` and ``give_back`` are collective: every rank calls them in the same order.
+    A buffer is cut by ``cuts``; "my slice" is ``buffer[cuts[rank]:cuts[rank + 1]]``.
+    """
+
+    overlaps: bool
+    """Whether a collective that was started goes on beside compute, so that starting it early pays."""
+    one_sided_gathers = False
+    """Whether ranks may gather different things at one time: the owners take no part."""
+    check = False
+    """Compare the identity of every collective across ranks before it starts, not only once a step."""
+
+    def __init__(self, axis: Axis, device: torch.device) -> None:
+        self.rank = axis.rank
+        self.size = axis.size
+        self.device = device
+        self._group = axis.group
+        self.traffic = Traffic()
+        self.log: list[str] = []
+        """What this rank took part in since the log was last cleared: must be the same on every rank."""
+        self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+
+    def my_span(self, cuts: Cuts) -> Span:
+        """The elements that this rank owns."""
+        return Span(cuts[self.rank], cuts[self.rank + 1])
+
+    def my_slice(self, buffer: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+        """The view of ``buffer`` [N] that this rank owns."""
+        return buffer[cuts[self.rank] : cuts[self.rank + 1]]
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A zeroed 1-D buffer that may be the source of a collective. Every rank allocates the same, in one order."""
+        return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def borrow(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A 1-D buffer with undefined content for a while: a gradient buffer on its way to the reduction."""
+        free = self._free.get((numel, dtype))
+        return free.pop() if free else self._new_buffer(numel, dtype)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """End a loan. On the CPU the buffer is kept: freeing it would make its pages fault again at each use."""
+        if self.device.type == "cpu":
+            self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
+
+    def pooled_bytes(self) -> int:
+        """Bytes of returned buffers that wait for their next loan."""
+        return sum(buffer.nbytes for buffers in self._free.values() for buffer in buffers)
+
+    def _new_buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(numel, dtype=dtype, device=self.device)
+
+    def broadcast(self, buffer: torch.Tensor) -> None:
+        """Overwrite ``buffer`` with rank 0's, on every rank; for the start of a run."""
+        if self._group is not None:
+            dist.broadcast(buffer, group=self._group, group_src=0)
+
+    def publish(self) -> None:  # noqa: B027  (most transports need no such signal)
+        """My resting shards are final until ``exchange`` was called again: others may read them."""
+
+    def all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
+        """Fill ``output`` [N] with every rank's ``shard`` [N/W], in rank order; even cuts.
+
+        ``shard`` comes from ``allocate`` and rests unchanged between two ``publish``. Where its dtype differs from that
+        of ``output`` the values are cast on the way.
+        """
+        if not self.one_sided_gathers:
+            self._announce(identity)
+        return self._all_gather(identity, output, shard)
+
+    def all_gather_in_place(self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts) -> Pending:
+        """Fill the other ranks' slices of ``buffer`` [N] (from ``allocate``) from their own ones."""
+        if not self.one_sided_gathers:
+            self._announce(identity)
+        return self._all_gather_in_place(identity, buffer, cuts)
+
+    def reduce_scatter(
+        self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts, shard: torch.Tensor, accumulate: bool
+    ) -> Pending:
+        """``shard`` [my slice] = (or += if ``accumulate``) the mean over ranks of my slice of ``buffer`` [N].
+
+        ``buffer`` comes from ``allocate`` or ``borrow``; once the result was waited for it may be given back, and it may
+        be written again after ``settle`` or the next ``exchange``. ``shard`` may be my slice of ``buffer``.
+        """
+        self._announce(identity)
+        return self._reduce_scatter(identity, buffer, cuts, shard, accumulate)
+
+    def _announce(self, identity: CollectiveId) -> None:
+        text = str(identity)
+        self.log.append(text)
+        if self.check:
+            for rank, other in enumerate(self.exchange(CollectiveId("check", "", identity.step), text.encode())):
+                if other.decode() != text:
+                    raise different_paths(self.rank, text, rank, other.decode())
+
+    @abstractmethod
+    def _all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending: ...
+
+    @abstractmethod
+    def _all_gather_in_place(self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts) -> Pending: ...
+
+    @abstractmethod
+    def _reduce_scatter(
+        self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts, shard: torch.Tensor, accumulate: bool
+    ) -> Pending: ...
+
+    @abstractmethod
+    def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
+        """Give every rank's ``payload`` (any length) to every rank; also a barrier. Host bytes, a few a step."""
+
+    def settle(self) -> None:  # noqa: B027  (a waited collective is over everywhere on most transports)
+        """Wait until no rank reads my gradient buffers any more."""
+
+    def realign(self) -> None:  # noqa: B027  (messages in flight cannot be taken back: there a mismatch is an error)
+        """After a backward pass that was given up on every rank: forget reductions that not all ranks started."""
+
+    def close(self) -> None:
+        """Free what the transport holds."""
+        self._free.clear()
+
+
+def different_paths(rank: int, mine: str, other_rank: int, other: str) -> CollectiveError:
+    """The error for ranks that meet in different collectives."""
+    return CollectiveError(
+        f"ranks took different paths: rank {rank} is in {mine}, rank {other_rank} is in {other}. "
+        "All ranks must run forward and backward over the same units in the same order."
+    )
+
+
+def mean_into(shard: torch.Tensor, addends: Sequence[torch.Tensor], accumulate: bool) -> None:
+    """``shard`` = (or +=) the mean of ``addends``, summed one after the other in the shard's dtype and divided once.
+
+    This order is the specification of the reduction: it depends on ranks alone, not on buckets, layouts or stages.
+    An addend may be ``shard`` itself.
+    """
+    in_place_is_safe = all(addend.data_ptr() != shard.data_ptr() for addend in addends[2:])
+    total = shard if in_place_is_safe and not accumulate else torch.empty_like(shard)
+    if len(addends) > 1 and addends[0].dtype == total.dtype:
+        torch.add(addends[0], addends[1], out=total)
+    else:
+        # Narrow addends are widened one by one, so that the sum loses no bit of them.
+        total.copy_(addends[0])
+        for addend in addends[1:2]:
+            total.add_(addend)
+    for addend in addends[2:]:
+        total.add_(addend)
+    if len(addends) > 1:
+        total.mul_(1.0 / len(addends))
+    if accumulate:
+        shard.add_(total)
+    elif total is not shard:
+        shard.copy_(total)

@@ -1,0 +1,387 @@
+"""Transports over a torch process group: the backend's own collectives, and the rank-ordered ones over messages."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, Work
+
+from shardwise import torch_compat
+from shardwise.comm.base import (
+    Buckets,
+    CollectiveId,
+    Communicator,
+    Cuts,
+    InTurn,
+    Pending,
+    different_paths,
+    mean_into,
+    rounds,
+)
+from shardwise.errors import CollectiveError
+from shardwise.layout import Span
+from shardwise.mesh import Axis
+
+_HEADER_BYTES = 192
+
+
+class Mailbox:
+    """Point-to-point messages over gloo, each preceded by a header that says which collective it belongs to.
+
+    gloo itself would accept a message of another collective where the sizes agree, and end the process where they do
+    not. Here the header's tag counts collectives, so it always meets its counterpart; the payload's tag holds its size,
+    so payloads of different sizes never meet: the header tells what went wrong.
+    """
+
+    def __init__(self, rank: int, size: int, group: ProcessGroup, timeout: timedelta) -> None:
+        self.rank = rank
+        self.size = size
+        self.group = group
+        self.timeout = timeout
+        self._count = 0
+
+    def send(
+        self, identity: CollectiveId, outgoing: Sequence[torch.Tensor | None], incoming: Sequence[torch.Tensor | None]
+    ) -> _Messages:
+        """Start sending ``outgoing[r]`` to rank r and receiving ``incoming[r]`` from it; None where nothing travels."""
+        self._count += 1
+        messages = _Messages(self, identity)
+        header = torch.frombuffer(
+            bytearray(str(identity).encode()[:_HEADER_BYTES].ljust(_HEADER_BYTES)), dtype=torch.uint8
+        )
+        tag = self._count % (1 << 15) << 16
+        for rank in range(self.size):
+            if rank == self.rank:
+                continue
+            messages.post_header(rank, header, tag)
+            source, target = outgoing[rank], incoming[rank]
+            if source is not None:
+                messages.keep(dist.isend(source, rank, group=self.group, tag=tag + _size_tag(source)), rank)
+            if target is not None:
+                messages.keep(dist.irecv(target, rank, group=self.group, tag=tag + _size_tag(target)), rank)
+        return messages
+
+    def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
+        """Every rank's payload, in rank order."""
+        length = torch.tensor([len(payload)])
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self.send(identity, [length] * self.size, lengths).wait()
+        lengths[self.rank] = length
+        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else None
+        boxes = [torch.empty(int(n), dtype=torch.uint8) if n else None for n in lengths]
+        self.send(identity, [data] * self.size, boxes).wait()
+        return [
+            payload if rank == self.rank else b"" if box is None else box.numpy().tobytes()
+            for rank, box in enumerate(boxes)
+        ]
+
+
+def _size_tag(tensor: torch.Tensor) -> int:
+    """1 to 65535: sizes that differ get tags that (all but surely) differ."""
+    return tensor.nbytes * 2654435761 % 65535 + 1
+
+
+class _Messages:
+    """The messages of one collective under way."""
+
+    def __init__(self, mailbox: Mailbox, identity: CollectiveId) -> None:
+        self._mailbox = mailbox
+        self._identity = identity
+        self._headers: list[tuple[int, torch.Tensor, Work | None]] = []
+        self._sent: list[tuple[Work | None, torch.Tensor]] = []
+        self._work: list[tuple[Work | None, int]] = []
+
+    def post_header(self, rank: int, header: torch.Tensor, tag: int) -> None:
+        group = self._mailbox.group
+        received = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+        self._headers.append((rank, received, dist.irecv(received, rank, group=group, tag=tag)))
+        self._sent.append((dist.isend(header, rank, group=group, tag=tag), header))
+
+    def keep(self, work: Work | None, rank: int) -> None:
+        self._work.append((work, rank))
+
+    def poll(self) -> None:
+        """The transport's own thread moves the messages."""
+
+    def wait(self) -> None:
+        """Headers first: a payload may never come where they differ."""
+        for rank, received, work in self._headers:
+            self._wait_one(work, rank)
+            text = received.numpy().tobytes().decode(errors="replace").rstrip()
+            if text != str(self._identity)[:_HEADER_BYTES]:
+                raise different_paths(self._mailbox.rank, str(self._identity), rank, text)
+        for work, rank in self._work:
+            self._wait_one(work, rank)
+        for work, _ in self._sent:
+            self._wait_one(work, self._mailbox.rank)
+        self._headers, self._work, self._sent = [], [], []
+
+    def _wait_one(self, work: Work | None, rank: int) -> None:
+        if work is None:
+            return
+        try:
+            work.wait(self._mailbox.timeout)
+        except RuntimeError as error:
+            raise CollectiveError(
+                f"rank {self._mailbox.rank} waits for rank {rank} in {self._identity}, which did not come within "
+                f"{self._mailbox.timeout.total_seconds():g} s or has ended. "
+                "Look for a rank that ran out of data, took another path or is stuck outside of training. "
+                f"The transport said: {str(error).splitlines()[0][:200]}"
+            ) from error
+
+
+class OrderedMessages(Communicator):
+    """gloo by messages: gathers straight into place, sums in rank order.
+
+    gloo's own all-gather and reduce-scatter take two to four times as long, and its sum depends on bucket boundaries.
+    """
+
+    overlaps = True
+
+    def __init__(self, axis: Axis, buckets: Buckets) -> None:
+        super().__init__(axis, torch.device("cpu"))
+        assert axis.group is not None
+        self._buckets = buckets
+        self._mailbox = Mailbox(axis.rank, axis.size, axis.group, axis.timeout)
+
+    def _all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
+        """My slice goes to everybody, everybody's slices come into place."""
+        numel = shard.numel()
+        cuts = [rank * numel for rank in range(self.size + 1)]
+        self.my_slice(output, cuts).copy_(shard)
+        return self._fetch(identity, output, [self._spans(cuts)])
+
+    def _spans(self, cuts: Cuts) -> list[Span]:
+        return [Span(begin, end) for begin, end in itertools.pairwise(cuts)]
+
+    def _all_gather_in_place(self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts) -> Pending:
+        """The same where my slice is in place already."""
+        return self._fetch(identity, buffer, rounds(cuts, self._buckets.gather_numel))
+
+    def _fetch(self, identity: CollectiveId, buffer: torch.Tensor, spans: list[list[Span]]) -> Pending:
+        def start(of_ranks: list[Span]) -> Pending:
+            parts = [_part(buffer, span) for span in of_ranks]
+            self.traffic.count(
+                "all-gather", sum(p.nbytes for i, p in enumerate(parts) if i != self.rank and p is not None)
+            )
+            return self._mailbox.send(identity, [parts[self.rank]] * self.size, parts)
+
+        return InTurn(partial(start, of_ranks) for of_ranks in spans)
+
+    def _reduce_scatter(
+        self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts, shard: torch.Tensor, accumulate: bool
+    ) -> Pending:
+        """Slices go to their owners; mine are summed in rank order when they are waited for."""
+
+        def start(of_ranks: list[Span]) -> Pending:
+            outgoing = [_part(buffer, span) for span in of_ranks]
+            span = of_ranks[self.rank]
+            mine = buffer[span.begin : span.end]
+            addends = [mine if rank == self.rank else torch.empty_like(mine) for rank in range(self.size)]
+            messages = self._mailbox.send(identity, outgoing, [a if a.numel() else None for a in addends])
+            self.traffic.count("reduce-scatter", mine.nbytes * (self.size - 1))
+            local = span.shift(-cuts[self.rank])
+            return _OrderedSum(messages, shard[local.begin : local.end], addends, accumulate)
+
+        return InTurn(partial(start, of_ranks) for of_ranks in rounds(cuts, self._buckets.reduce_numel))
+
+    def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
+        """Host bytes by the same messages."""
+        return self._mailbox.exchange(identity, payload)
+
+
+def _part(buffer: torch.Tensor, span: Span) -> torch.Tensor | None:
+    return buffer[span.begin : span.end] if span.numel else None
+
+
+class _OrderedSum:
+    def __init__(self, messages: _Messages, shard: torch.Tensor, addends: list[torch.Tensor], accumulate: bool) -> None:
+        self._messages = messages
+        self._shard = shard
+        self._addends = addends
+        self._accumulate = accumulate
+
+    def wait(self) -> None:
+        if self._addends:
+            self._messages.wait()
+            mean_into(self._shard, self._addends, self._accumulate)
+            self._addends = []
+
+    def poll(self) -> None:
+        pass
+
+
+class Native(Communicator):
+    """The backend's own collectives: NCCL on GPUs.
+
+    ``work.wait()`` makes the current CUDA stream wait, not the host. Buffers are allocated and freed on the current
+    stream; the backend keeps them alive until their work was waited for. Sums are in the backend's order and, where
+    gradients travel in 16 bits, in 16 bits.
+    """
+
+    overlaps = True
+
+    def __init__(self, axis: Axis, device: torch.device, buckets: Buckets, gather_by_broadcast: bool = False) -> None:
+        super().__init__(axis, device)
+        self._buckets = buckets
+        assert axis.group is not None and axis.control_group is not None
+        self._tensors = axis.group
+        self._gather_by_broadcast = gather_by_broadcast
+        self._mailbox = Mailbox(axis.rank, axis.size, axis.control_group, axis.timeout)
+
+    def _all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
+        """In place where dtypes differ: the cast lands in my slice, which is then the source."""
+        mine = output[self.rank * shard.numel() : (self.rank + 1) * shard.numel()]
+        if output.dtype != shard.dtype:
+            mine.copy_(shard)
+            shard = mine
+        self.traffic.count("all-gather", output.nbytes - mine.nbytes)
+        return _NativeWork(identity, torch_compat.all_gather_single(output, shard, self._tensors))
+
+    def _all_gather_in_place(self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts) -> Pending:
+        """One all-gather; a broadcast by each owner for uneven cuts, several rounds, or where the user prefers it."""
+        mine = self.my_slice(buffer, cuts)
+        self.traffic.count("all-gather", buffer.nbytes - mine.nbytes)
+        spans = rounds(cuts, self._buckets.gather_numel)
+        if _even(cuts) and len(spans) == 1 and not self._gather_by_broadcast:
+            return _NativeWork(identity, torch_compat.all_gather_single(buffer, mine, self._tensors))
+
+        def start(of_ranks: list[Span]) -> Pending:
+            works = [
+                dist.broadcast(part, group=self._tensors, group_src=rank, async_op=True)
+                for rank, span in enumerate(of_ranks)
+                if (part := _part(buffer, span)) is not None
+            ]
+            return _NativeWork(identity, *works)
+
+        return InTurn(partial(start, of_ranks) for of_ranks in spans)
+
+    def _reduce_scatter(
+        self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts, shard: torch.Tensor, accumulate: bool
+    ) -> Pending:
+        """Sum by the backend, then divide (and widen) into ``shard`` on the current stream.
+
+        One reduce-scatter; a reduce to each owner for uneven cuts or several rounds.
+        """
+        mine = self.my_slice(buffer, cuts)
+        self.traffic.count("reduce-scatter", mine.nbytes * (self.size - 1))
+        spans = rounds(cuts, self._buckets.reduce_numel)
+        if _even(cuts) and len(spans) == 1:
+            total = torch.empty_like(mine)
+            work = _NativeWork(identity, torch_compat.reduce_scatter_single(total, buffer, self._tensors))
+            return _NativeSum(work, shard, total, accumulate, self.size)
+
+        def start(of_ranks: list[Span]) -> Pending:
+            works = [
+                dist.reduce(part, group=self._tensors, group_dst=rank, async_op=True)
+                for rank, span in enumerate(of_ranks)
+                if (part := _part(buffer, span)) is not None
+            ]
+            return _NativeWork(identity, *works)
+
+        return _NativeSum(InTurn(partial(start, r) for r in spans), shard, mine, accumulate, self.size)
+
+    def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
+        """Host bytes over the gloo group beside."""
+        return self._mailbox.exchange(identity, payload)
+
+
+class AllReduceNative(Native):
+    """Gradients averaged by all-reduce, as ``reduce_scatter: false`` asks: twice the traffic, for backends that lack more."""
+
+    def _reduce_scatter(
+        self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts, shard: torch.Tensor, accumulate: bool
+    ) -> Pending:
+        """Sum the whole buffer everywhere, keep my slice."""
+        mine = self.my_slice(buffer, cuts)
+        self.traffic.count("all-reduce", 2 * (buffer.nbytes - mine.nbytes))
+        work = _NativeWork(identity, dist.all_reduce(buffer, group=self._tensors, async_op=True))
+        return _NativeSum(work, shard, mine, accumulate, self.size)
+
+
+class OrderedNative(Native):
+    """The backend's all-to-all, then a sum in rank order: the bits of the other ordered transports, on a GPU too."""
+
+    def _reduce_scatter(
+        self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts, shard: torch.Tensor, accumulate: bool
+    ) -> Pending:
+        """Everybody's copy of my slice comes in; as many bytes as a reduce-scatter by rings."""
+        mine = self.my_slice(buffer, cuts)
+        received = torch.empty(self.size * mine.numel(), dtype=buffer.dtype, device=buffer.device)
+        send_sizes = [cuts[rank + 1] - cuts[rank] for rank in range(self.size)]
+        work = dist.all_to_all_single(
+            received, buffer, [mine.numel()] * self.size, send_sizes, group=self._tensors, async_op=True
+        )
+        self.traffic.count("reduce-scatter", mine.nbytes * (self.size - 1))
+        return _ReceivedSum(_NativeWork(identity, work), shard, received, accumulate, self.size)
+
+
+class _NativeWork:
+    def __init__(self, identity: CollectiveId, *works: Work | None) -> None:
+        self._identity = identity
+        self._works = list(works)
+
+    def wait(self) -> None:
+        for work in self._works:
+            if work is not None:
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise CollectiveError(f"{self._identity} failed: {error}") from error
+        self._works = []
+
+    def poll(self) -> None:
+        pass
+
+
+class _NativeSum:
+    def __init__(self, work: Pending, shard: torch.Tensor, total: torch.Tensor, accumulate: bool, size: int) -> None:
+        self._work: Pending | None = work
+        self._shard = shard
+        self._total: torch.Tensor | None = total
+        self._accumulate = accumulate
+        self._size = size
+
+    def wait(self) -> None:
+        if self._work is None or self._total is None:
+            return
+        self._work.wait()
+        if self._accumulate:
+            self._shard.add_(self._total, alpha=1.0 / self._size)
+        else:
+            if self._total.data_ptr() != self._shard.data_ptr():
+                self._shard.copy_(self._total)
+            self._shard.mul_(1.0 / self._size)
+        self._work = self._total = None
+
+    def poll(self) -> None:
+        pass
+
+
+class _ReceivedSum:
+    def __init__(
+        self, work: _NativeWork, shard: torch.Tensor, received: torch.Tensor, accumulate: bool, size: int
+    ) -> None:
+        self._work: _NativeWork | None = work
+        self._shard = shard
+        self._received: torch.Tensor | None = received
+        self._accumulate = accumulate
+        self._size = size
+
+    def wait(self) -> None:
+        if self._work is not None and self._received is not None:
+            self._work.wait()
+            mean_into(self._shard, self._received.chunk(self._size), self._accumulate)
+            self._work = self._received = None
+
+    def poll(self) -> None:
+        pass
+
+
+def _even(cuts: Cuts) -> bool:
+    return len({cuts[rank + 1] - cuts[rank] for rank in range(len(cuts) - 1)}) == 1

@@ -1,0 +1,51 @@
+"""The blocks that name an optimizer and a scheduler, and shardwise's own block."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from shardwise.config.effects import Acts, NoEffect
+from shardwise.config.values import Block, Name, Names
+
+
+class OptimizerConfig(Block):
+    """The optimizer that the engine builds when the script passes none."""
+
+    type: Annotated[Name, Acts("Adam, AdamW, Lion or the name of any optimizer of torch.optim")]
+    params: Annotated[dict[str, Any], Acts("keyword arguments of that optimizer")] = Field(default_factory=dict)
+    legacy_fusion: Annotated[bool, NoEffect("fused steps come from torch and need no choice")] = False
+
+
+class SchedulerConfig(Block):
+    """The learning-rate scheduler that the engine builds when the script passes none."""
+
+    type: Annotated[
+        Name,
+        Acts("WarmupLR, WarmupDecayLR, WarmupCosineLR, LRRangeTest, OneCycle or a name of torch.optim.lr_scheduler"),
+    ]
+    params: Annotated[dict[str, Any], Acts("keyword arguments of that scheduler")] = Field(default_factory=dict)
+
+
+class ShardwiseConfig(Block):
+    """What only shardwise knows; no other program reads this block."""
+
+    reduction: Annotated[
+        Literal["auto", "ordered", "native"],
+        Acts(
+            "order in which gradients of ranks are added: ordered is by rank and has the same bits at every layout, "
+            "native is the backend's own, auto is native on NCCL and ordered on gloo"
+        ),
+    ] = "auto"
+    check_collectives: Annotated[
+        bool, Acts("compare a tag of unit, operation and step across ranks at every collective, not only once a step")
+    ] = False
+    transport: Annotated[
+        Literal["auto", "process_group", "shared_memory"],
+        Acts(
+            "how bytes move between ranks on CPU; auto is shared memory where all ranks are on one machine, else the "
+            "process group"
+        ),
+    ] = "auto"
+    unit_classes: Annotated[
+        Names | None, Acts("class names of the modules that become units; null lets the engine find repeated blocks")
+    ] = None

@@ -1,0 +1,32 @@
+"""Rules between keys: each looks only at values that the user set, and names both keys and the way out."""
+
+from collections.abc import Iterator
+
+from shardwise.config.messages import Fault
+from shardwise.config.schema import EngineConfig
+
+
+def broken_rules(config: EngineConfig) -> Iterator[Fault]:
+    """Yield a fault for every rule that the config breaks."""
+    yield from _one_compute_dtype(config)
+    yield from _room_for_the_loss_scale(config)
+
+
+def _one_compute_dtype(config: EngineConfig) -> Iterator[Fault]:
+    if config.fp16.enabled and config.bf16.enabled:
+        yield Fault(
+            ("bf16", "enabled"),
+            "found true, and fp16.enabled is true as well; expected one compute dtype. Set one of the two to false.",
+        )
+
+
+def _room_for_the_loss_scale(config: EngineConfig) -> Iterator[Fault]:
+    fp16 = config.fp16
+    if not fp16.enabled or fp16.loss_scale > 0:
+        return  # no dynamic scale, so its bounds are not in use
+    if fp16.min_loss_scale > 2.0**fp16.initial_scale_power:
+        yield Fault(
+            ("fp16", "min_loss_scale"),
+            f"found {fp16.min_loss_scale:g}, expected at most 2^initial_scale_power = {2**fp16.initial_scale_power}, "
+            "where the scale starts. Lower it, or raise initial_scale_power.",
+        )

@@ -1,0 +1,195 @@
+"""The block zero_optimization."""
+
+import sys
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from shardwise.config.effects import Acts, Alias, NoEffect, Unsupported, switched_off
+from shardwise.config.values import Block, Count, Foreign, Names, NonNegative, PositiveCount, SignedCount, Stage
+
+_STAYS = "every model state stays on the training device"
+_OFFLOAD_DETAIL = NoEffect("read only when the block's device is cpu or nvme", warns=False)
+_NO_CHECKPOINT = "it steers the loading of DeepSpeed's checkpoint files, which the engine does not read"
+_WHOLE_UNITS = "units are gathered whole; name their classes in shardwise.unit_classes or leaf_module"
+
+_Device = Literal["none", "cpu", "nvme"]
+
+
+def _not_positive(value: Any) -> bool:
+    return isinstance(value, int) and value <= 0
+
+
+def _no_cap(value: Any) -> bool:
+    return isinstance(value, int) and value >= sys.maxsize
+
+
+class OffloadParamConfig(Block):
+    """Where parameters rest."""
+
+    device: Annotated[_Device | None, Unsupported(_STAYS, neutral=lambda value: value is None)] = "none"
+    nvme_path: Annotated[str | None, _OFFLOAD_DETAIL] = None
+    buffer_count: Annotated[Count, _OFFLOAD_DETAIL] = 5
+    buffer_size: Annotated[Count, _OFFLOAD_DETAIL] = 100_000_000
+    max_in_cpu: Annotated[Count, _OFFLOAD_DETAIL] = 1_000_000_000
+    pin_memory: Annotated[bool, _OFFLOAD_DETAIL] = True
+
+
+class OffloadOptimizerConfig(Block):
+    """Where optimizer state rests."""
+
+    device: Annotated[_Device | None, Unsupported(_STAYS, neutral=lambda value: value is None)] = "none"
+    nvme_path: Annotated[str | None, _OFFLOAD_DETAIL] = None
+    buffer_count: Annotated[Count, _OFFLOAD_DETAIL] = 4
+    pin_memory: Annotated[bool, _OFFLOAD_DETAIL] = True
+    pipeline_read: Annotated[bool, _OFFLOAD_DETAIL] = False
+    pipeline_write: Annotated[bool, _OFFLOAD_DETAIL] = False
+    pipeline: Annotated[bool, _OFFLOAD_DETAIL] = False
+    fast_init: Annotated[bool, _OFFLOAD_DETAIL] = False
+    ratio: Annotated[NonNegative, _OFFLOAD_DETAIL] = 1.0
+    super_offload: Annotated[bool, _OFFLOAD_DETAIL] = False
+    cpuadam_cores_perc: Annotated[NonNegative, _OFFLOAD_DETAIL] = 0.8
+
+
+class LeafModuleConfig(Block):
+    """Modules that are gathered as one unit, with all that is inside them."""
+
+    classes: Annotated[Names, Acts("class names, bare or with their module path")] = ()
+    names: Annotated[Names, Acts("names of modules as in named_modules()")] = ()
+    name_suffixes: Annotated[Names, Acts("ends of such names")] = ()
+
+
+class ZeroConfig(Block):
+    """What is sharded, and how the shards travel. Sizes are elements, not bytes."""
+
+    stage: Annotated[
+        Stage, Acts("sharded over ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters")
+    ] = 0
+    reduce_bucket_size: Annotated[
+        PositiveCount, Acts("most elements that one reduction carries, beyond a single unit", auto="500,000,000")
+    ] = 500_000_000
+    allgather_bucket_size: Annotated[
+        PositiveCount, Acts("most elements that one all-gather of stepped parameters carries", auto="500,000,000")
+    ] = 500_000_000
+    overlap_comm: Annotated[
+        bool | None,
+        Acts("reduce while backward goes on; null lets the engine choose", auto="on where it can help"),
+    ] = None
+    contiguous_gradients: Annotated[bool, Acts("gradients lie in one flat buffer a unit")] = True
+    reduce_scatter: Annotated[bool, Acts("reduce each slice to its owner; false reduces whole units to all ranks")] = (
+        True
+    )
+    allgather_partitions: Annotated[
+        bool, Acts("publish stepped parameters by all-gather; false broadcasts them from each owner")
+    ] = True
+    stage3_prefetch_bucket_size: Annotated[
+        Count | None,
+        Acts("elements gathered ahead of use; null is one unit ahead", auto="one unit ahead"),
+        Alias("prefetch_bucket_size"),
+    ] = None
+    stage3_param_persistence_threshold: Annotated[
+        Count | None,
+        Acts("parameters with fewer elements stay whole on every rank; null is 0", auto="0"),
+        Alias("param_persistence_threshold"),
+    ] = None
+    stage3_max_live_parameters: Annotated[
+        Count | None,
+        Acts("prefetch stops where gathered elements would pass this; null is no bound", auto="no bound"),
+        Alias("max_live_parameters"),
+    ] = None
+    stage3_max_reuse_distance: Annotated[
+        Count | None,
+        Acts("a unit used again within this many elements stays gathered; null is never", auto="never"),
+        Alias("max_reuse_distance"),
+    ] = None
+    sub_group_size: Annotated[
+        PositiveCount, Acts("most elements that one call of the optimizer steps", auto="1,000,000,000")
+    ] = 1_000_000_000
+    zero_leaf_modules: Annotated[Names, Acts("class names, as leaf_module.classes")] = ()
+    leaf_module: LeafModuleConfig = Field(default_factory=LeafModuleConfig)
+
+    offload_param: OffloadParamConfig = Field(default_factory=OffloadParamConfig)
+    offload_optimizer: OffloadOptimizerConfig = Field(default_factory=OffloadOptimizerConfig)
+    cpu_offload: Annotated[bool | None, Unsupported(_STAYS, neutral=lambda value: value is False)] = None
+    cpu_offload_param: Annotated[bool | None, Unsupported(_STAYS, neutral=lambda value: value is False)] = None
+    cpu_offload_use_pin_memory: Annotated[
+        bool | None, NoEffect("read only with cpu_offload or cpu_offload_param", warns=False)
+    ] = None
+    zenflow: Annotated[Foreign | None, Unsupported(_STAYS, neutral=switched_off)] = None
+
+    zero_hpz_partition_size: Annotated[
+        Count, Unsupported("no secondary shard is kept inside a node", neutral=_not_positive)
+    ] = 1
+    zero_quantized_weights: Annotated[bool, Unsupported("parameters travel in the compute dtype")] = False
+    zero_quantized_nontrainable_weights: Annotated[bool, Unsupported("frozen parameters keep their dtype")] = False
+    zero_quantized_gradients: Annotated[bool, Unsupported("gradients travel in communication_data_type")] = False
+    zeropp_loco_param: Annotated[
+        Foreign | None, Unsupported("it corrects quantised gradients, which are not offered", neutral=switched_off)
+    ] = None
+    mics_shard_size: Annotated[
+        SignedCount, Unsupported("states are sharded over all ranks", neutral=_not_positive)
+    ] = -1
+    mics_hierarchical_params_gather: Annotated[bool, NoEffect("read only with mics_shard_size", warns=False)] = False
+
+    stage3_model_persistence_threshold: Annotated[
+        Count | None,
+        Unsupported("persistent parameters have no common bound; lower stage3_param_persistence_threshold", _no_cap),
+        Alias("model_persistence_threshold"),
+    ] = None
+    ignore_unused_parameters: Annotated[
+        bool, Unsupported("a parameter without a gradient is always allowed, on every rank")
+    ] = True
+
+    stage3_gather_16bit_weights_on_model_save: Annotated[
+        bool,
+        NoEffect("whole weights come from engine.state_dict() at every stage, asked for or not"),
+        Alias("gather_16bit_weights_on_model_save"),
+        Alias("stage3_gather_fp16_weights_on_model_save"),
+    ] = False
+    stage3_module_granularity_threshold: Annotated[
+        Count, NoEffect(_WHOLE_UNITS), Alias("module_granularity_threshold")
+    ] = 0
+    stage3_use_all_reduce_for_fetch_params: Annotated[
+        bool,
+        NoEffect("parameters are fetched by all-gather: the same values for fewer bytes"),
+        Alias("use_all_reduce_for_fetch_params"),
+    ] = False
+    stage3_allgather_sequential: Annotated[
+        bool, NoEffect("a unit is one all-gather already"), Alias("allgather_sequential")
+    ] = False
+    use_multi_rank_bucket_allreduce: Annotated[
+        bool, NoEffect("one reduction serves all ranks, each gets its slice")
+    ] = True
+    load_from_fp32_weights: Annotated[bool, NoEffect(_NO_CHECKPOINT)] = True
+    elastic_checkpoint: Annotated[bool, NoEffect(_NO_CHECKPOINT)] = False
+    pipeline_loading_checkpoint: Annotated[bool, NoEffect(_NO_CHECKPOINT)] = False
+    legacy_stage1: Annotated[bool, NoEffect("there is one implementation of stage 1")] = False
+    override_module_apply: Annotated[
+        bool, NoEffect("Module.apply is never replaced; use engine.gathered_parameters() around it")
+    ] = True
+    round_robin_gradients: Annotated[
+        bool, NoEffect("every unit is spread evenly over all ranks, so reductions have no single target")
+    ] = False
+    memory_efficient_linear: Annotated[
+        bool, NoEffect("no linear layer keeps gathered weights alive, so none is replaced")
+    ] = True
+    log_trace_cache_warnings: Annotated[bool, NoEffect("there is no trace cache")] = False
+    enable_sanity_checks: Annotated[
+        bool, NoEffect("ranks compare their schedule at every step; shardwise.check_collectives checks each collective")
+    ] = False
+    save_muon_momentum_buffer_in_memory: Annotated[
+        bool, NoEffect("the momentum of Muon rests where all optimizer state rests")
+    ] = False
+    compute_grad_norm: Annotated[bool, NoEffect("the norm is one number; its absence would change no result")] = True
+    parameter_alignment: Annotated[bool, NoEffect("offsets inside a unit are chosen by the layout")] = False
+    grad_hooks: Annotated[bool, NoEffect("gradients are always reduced from hooks")] = True
+
+    @classmethod
+    def expand(cls, value: object) -> object:
+        """Read the old form of the block, where true is stage 1 and false is stage 0."""
+        return {"stage": int(value)} if isinstance(value, bool) else value
+
+    @property
+    def leaf_classes(self) -> tuple[str, ...]:
+        """Class names of leaf modules from both places that can hold them, without repeats."""
+        return tuple(dict.fromkeys(self.zero_leaf_modules + self.leaf_module.classes))

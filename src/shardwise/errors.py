@@ -1,0 +1,20 @@
+"""What can go wrong, in two kinds: the user's mistake and a wrong state of the run.
+
+Every message says what was found, what was expected, and what to do.
+"""
+
+
+class ShardwiseError(Exception):
+    """Root of all errors that shardwise raises on purpose."""
+
+
+class ConfigError(ShardwiseError, ValueError):
+    """A setting, an argument or a model that cannot work as given: the user can mend it."""
+
+
+class StateError(ShardwiseError, RuntimeError):
+    """The run is in a state that must not be: the message names the unit, the operation and the ranks."""
+
+
+class CollectiveError(StateError):
+    """Ranks do not meet in the same collective, or one of them did not come in time."""

@@ -1,0 +1,115 @@
+"""Ranks, device and process groups: the one place that creates them and that reads torchrun's environment.
+
+The mesh names its axes. ``dp_shard`` is the axis that model states are sharded over.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from shardwise.errors import ConfigError
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of the mesh as this rank sees it."""
+
+    name: str
+    rank: int
+    size: int
+    group: ProcessGroup | None
+    """Carries tensors of the mesh's device; None where the axis has one rank."""
+    control_group: ProcessGroup | None
+    """gloo: carries a few host bytes a step, without waiting for the device."""
+    timeout: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The device of this process and the axes that it takes part in."""
+
+    device: torch.device
+    dp_shard: Axis
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of this process: ``cuda:LOCAL_RANK`` where there is one, else the CPU; or the one that is asked for.
+
+    Raises:
+        ConfigError: CUDA is asked for where there is none, or fewer GPUs than local ranks.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = torch.device(device) if device is not None else torch.device("cuda" if gpus else "cpu")
+    if wanted.type == "cpu":
+        return wanted
+    if wanted.type != "cuda":
+        raise ConfigError(f"device {str(wanted)!r} is not supported: expected 'cpu' or 'cuda'.")
+    index = wanted.index if wanted.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= gpus:
+        raise ConfigError(
+            f"device cuda:{index} is asked for, but this machine shows {gpus} CUDA device(s). "
+            "Start at most one process a GPU, or ask for the CPU."
+        )
+    return torch.device("cuda", index)
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+    device: str | torch.device | None = None,
+) -> None:
+    """Join the process group that torchrun's environment describes; without it, stay a single process.
+
+    gloo carries CPU tensors and NCCL carries CUDA tensors, chosen by ``device`` (or from the machine). Does nothing
+    where a process group exists already.
+
+    Args:
+        dist_backend: "gloo", "nccl", or None for what the device needs.
+        timeout: how long a rank waits for the others before it ends with an error that names them.
+        device: "cpu", "cuda", or None to choose from the machine.
+    """
+    if dist.is_initialized():
+        return
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
+        return
+    if missing:
+        raise ConfigError(
+            f"the environment has RANK or WORLD_SIZE but lacks {', '.join(missing)}. "
+            "Start the script with `shardwise launch` or torchrun, which set all of them."
+        )
+    chosen = choose_device(device)
+    backend = dist_backend or ("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group(backend, timeout=timeout)
+
+
+def build_mesh(device: str | torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> Mesh:
+    """The mesh over all ranks: one axis, ``dp_shard``."""
+    chosen = choose_device(device)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Mesh(chosen, Axis("dp_shard", 0, 1, None, None, timeout))
+    group = dist.group.WORLD
+    assert group is not None  # initialised just above
+    control = group if chosen.type == "cpu" else _control_group(timeout)
+    return Mesh(chosen, Axis("dp_shard", dist.get_rank(), dist.get_world_size(), group, control, timeout))
+
+
+_control: ProcessGroup | None = None
+
+
+def _control_group(timeout: timedelta) -> ProcessGroup:
+    """One gloo group a process for host bytes beside NCCL: groups are never freed, so engines share it."""
+    global _control
+    if _control is None:
+        _control = dist.new_group(backend="gloo", timeout=timeout)
+    return _control

@@ -1,0 +1,54 @@
+"""The one module that touches torch names which are private or changed between releases.
+
+Tested with torch 2.11 to 2.13. Everything else in shardwise uses public, stable names only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd import Variable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Work
+
+# torch 2.13 renamed the tensor collectives; the old names warn there and the new ones are absent before.
+_all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather_single(output: torch.Tensor, shard: torch.Tensor, group: ProcessGroup) -> Work:
+    """Start gathering ``shard`` [N/W] of every rank into ``output`` [N]; returns the pending work."""
+    work: Work = _all_gather_single(output, shard, group=group, async_op=True)
+    return work
+
+
+def reduce_scatter_single(shard: torch.Tensor, buffer: torch.Tensor, group: ProcessGroup) -> Work:
+    """Start summing ``buffer`` [N] over ranks, keeping this rank's ``shard`` [N/W]; returns the pending work."""
+    work: Work = _reduce_scatter_single(shard, buffer, group=group, async_op=True)
+    return work
+
+
+def in_backward() -> bool:
+    """Whether the calling thread runs inside an autograd backward pass (a graph task)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def queue_end_of_backward(callback: Callable[[], None]) -> None:
+    """Run ``callback`` once when the backward pass that calls this has computed every gradient."""
+    Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep ``function`` out of the graphs of ``torch.compile``.
+
+    Importing the compiler takes longer than all of shardwise; where nobody has done so yet, nothing is compiled.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return function
+    disabled: Callable[..., Any] = torch.compiler.disable(function)
+    return disabled

@@ -1,0 +1,91 @@
+"""What the ranks tell each other once a step, in one small message, and what they conclude from it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+
+from shardwise.comm.base import CollectiveId, Communicator, different_paths
+from shardwise.zero.unit import Unit
+
+_HEAD = struct.Struct("<8s8sd?")
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What all ranks know after they told each other."""
+
+    sum_of_squares: float
+    """Of the averaged gradient, over all ranks' shards; summed in rank order, so the same bits everywhere."""
+    unreduced: tuple[int, ...]
+    """Positions of the units of which some rank holds a gradient that was not averaged."""
+    any_unused: bool
+    """Whether some rank has a parameter without a gradient."""
+    same_order: bool
+    """Whether every rank completed all its units, in one order."""
+
+
+def agree(comm: Communicator, units: Sequence[Unit], observed_order: Sequence[int], step: int) -> Agreement:
+    """Exchange and compare; also the barrier behind which no rank reads parameters or gradients of this step any more.
+
+    Args:
+        comm: the transport; its log must be the same on every rank.
+        units: the units with trainable parameters.
+        observed_order: the order in which this rank's units completed, empty if some did not.
+        step: for messages.
+
+    Raises:
+        CollectiveError: the ranks' collectives since the last agreement differ: names the first difference.
+    """
+    unreduced = bytes(unit.has_unreduced for unit in units)
+    unused = not all(unit.all_used for unit in units)
+    head = _HEAD.pack(_digest(comm.log), _digest(observed_order), _sum_of_squares(units), unused)
+    heads, masks = [], []
+    for payload in comm.exchange(CollectiveId("agreement", "", step), head + unreduced):
+        heads.append(_HEAD.unpack_from(payload))
+        masks.append(payload[_HEAD.size :])
+    if len({digest for digest, *_ in heads}) > 1:
+        _raise_first_difference(comm, step)
+    comm.log.clear()
+    orders = {order for _, order, *_ in heads}
+    return Agreement(
+        sum_of_squares=math.fsum(squares for _, _, squares, _ in heads),
+        unreduced=tuple(i for i in range(len(units)) if any(mask[i] for mask in masks)),
+        any_unused=any(flag for *_, flag in heads),
+        same_order=len(orders) == 1 and len(observed_order) > 0,
+    )
+
+
+def agree_unused(comm: Communicator, units: Sequence[Unit], step: int) -> frozenset[str]:
+    """Names of the parameters that got no gradient on any rank in this step."""
+    mine = b"".join(bytes(flags) for unit in units for flags in unit.used)
+    names = [name for unit in units for segment, _ in unit.trainable for name in segment.names]
+    masks = comm.exchange(CollectiveId("agreement on used parameters", "", step), mine)
+    return frozenset(name for i, name in enumerate(names) if not any(mask[i] for mask in masks))
+
+
+def _digest(items: Sequence[object]) -> bytes:
+    return hashlib.blake2b("\n".join(map(str, items)).encode(), digest_size=8).digest()
+
+
+def _sum_of_squares(units: Sequence[Unit]) -> float:
+    """Over this rank's shards, buffer by buffer: the same sums whatever the stage, for shards do not depend on it."""
+    norms = [torch.linalg.vector_norm(gradients.owned) for unit in units for _, gradients in unit.trainable]
+    return float(torch.stack(norms).double().square().sum()) if norms else 0.0
+
+
+def _raise_first_difference(comm: Communicator, step: int) -> None:
+    logs = [
+        text.decode().split("\n")
+        for text in comm.exchange(CollectiveId("comparison of paths", "", step), "\n".join(comm.log).encode())
+    ]
+    for entries in zip_longest(*logs, fillvalue="no collective"):
+        for rank, entry in enumerate(entries):
+            if entry != entries[0]:
+                raise different_paths(0, entries[0], rank, entry)

@@ -1,0 +1,202 @@
+"""From a model, an optimizer and a configuration to the parts of an engine: every choice is made here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from shardwise.comm.base import CollectiveId, Communicator
+from shardwise.config import EngineConfig
+from shardwise.errors import ConfigError
+from shardwise.layout import NO_GROUP, Layout, Slot, even_layout, whole_parameter_layout
+from shardwise.optim.probe import OptimizerTraits, probe_optimizer
+from shardwise.precision import DynamicLossScaler, LossScaler, Precision, StaticLossScaler
+from shardwise.zero.optimizer import describe
+from shardwise.zero.sharding import STAGES, Sharding
+from shardwise.zero.unit import Unit, build_segment, with_gradients
+from shardwise.zero.wrap import UnitPlan, plan_units
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """One flat buffer to be: the parameters of a unit that share dtype, trainability and row."""
+
+    slots: tuple[Slot, ...]
+    parameters: dict[str, nn.Parameter]
+    sharding: Sharding
+
+
+def choose_precision(config: EngineConfig) -> Precision:
+    """Dtypes of compute and of travelling gradients."""
+    compute = None if config.compute_dtype == "fp32" else DTYPES[config.compute_dtype]
+    travel = None if config.communication_data_type is None else DTYPES[config.communication_data_type]
+    return Precision(compute, travel)
+
+
+def choose_loss_scaler(config: EngineConfig) -> LossScaler:
+    """Dynamic or static for fp16, a constant 1 otherwise."""
+    fp16 = config.fp16
+    if not fp16.enabled:
+        return StaticLossScaler()
+    if fp16.loss_scale:
+        return StaticLossScaler(fp16.loss_scale, skips_overflows=True)
+    return DynamicLossScaler(
+        scale=2.0**fp16.initial_scale_power,
+        window=fp16.loss_scale_window,
+        hysteresis=fp16.hysteresis,
+        min_scale=fp16.min_loss_scale,
+        consecutive_hysteresis=fp16.consecutive_hysteresis,
+    )
+
+
+def measure_optimizer(optimizer: torch.optim.Optimizer | None, stage: int) -> OptimizerTraits:
+    """What the optimizer allows; refuses one that needs whole matrices where parameters are sharded."""
+    if optimizer is None:
+        return OptimizerTraits(elementwise=True, streamable=True)
+    traits = probe_optimizer(optimizer)
+    if STAGES[stage].parameter and not traits.elementwise:
+        raise ConfigError(
+            f"{type(optimizer).__name__} gives other results on slices of a matrix than on the whole one, and stage "
+            f"{stage} cuts every matrix over the ranks. Use stage 1 or 2, where each matrix is stepped whole on the rank "
+            "that owns it, or an elementwise optimizer such as AdamW."
+        )
+    return traits
+
+
+def optimizer_groups(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[nn.Parameter, int]:
+    """The optimizer group of each of the model's parameters.
+
+    Raises:
+        ConfigError: the optimizer holds a tensor that is not a parameter of the model.
+    """
+    groups: dict[nn.Parameter, int] = {}
+    known = {id(parameter) for parameter in model.parameters()}
+    for number, group in enumerate(optimizer.param_groups if optimizer is not None else []):
+        for parameter in group["params"]:
+            if id(parameter) not in known:
+                raise ConfigError(
+                    f"the optimizer's group {number} holds {describe(parameter)} that is not in the model. Expected only "
+                    "parameters of the model that is passed: build the optimizer over model.parameters()."
+                )
+            groups[parameter] = number
+    return groups
+
+
+def plan_blueprints(
+    model: nn.Module,
+    groups: dict[nn.Parameter, int],
+    precision: Precision,
+    config: EngineConfig,
+    world: int,
+) -> list[tuple[UnitPlan, list[Blueprint]]]:
+    """Cut the model into units and each unit into flat buffers."""
+    zero = config.zero_optimization
+    leaf = zero.leaf_module
+    plans = plan_units(
+        model,
+        unit_classes=config.shardwise.unit_classes or (),
+        leaf_classes=(*zero.zero_leaf_modules, *leaf.classes),
+        leaf_names=leaf.names,
+        leaf_name_suffixes=leaf.name_suffixes,
+    )
+    # An axis of one rank shards nothing: the row of plain data parallelism.
+    row = STAGES[zero.stage] if world > 1 else STAGES[0]
+    persistent_row = Sharding(row.optimizer, row.gradient, parameter=False)
+    threshold = zero.stage3_param_persistence_threshold or 0
+    planned = []
+    for plan in plans:
+        buffers: dict[tuple[torch.dtype, bool, bool], dict[str, nn.Parameter]] = {}
+        for name, parameter in plan.parameters.items():
+            key = (precision.of_parameter(parameter), parameter.requires_grad, parameter.numel() < threshold)
+            buffers.setdefault(key, {})[name] = parameter
+        blueprints = []
+        for (_, trainable, persistent), parameters in buffers.items():
+            slots = tuple(
+                Slot(name, tuple(p.shape), groups.get(p, NO_GROUP) if trainable else NO_GROUP)
+                for name, p in parameters.items()
+            )
+            blueprints.append(Blueprint(slots, parameters, persistent_row if persistent else row))
+        planned.append((plan, blueprints))
+    return planned
+
+
+def check_same_model(comm: Communicator, planned: Sequence[tuple[UnitPlan, list[Blueprint]]], settings: str) -> None:
+    """Every rank must build the same buffers, or collectives would mix them.
+
+    Raises:
+        ConfigError: names the first parameter or setting that differs, and the rank.
+    """
+    lines = [settings]
+    for plan, blueprints in planned:
+        for blueprint in blueprints:
+            for slot in blueprint.slots:
+                parameter = blueprint.parameters[slot.name]
+                kind = "trainable" if parameter.requires_grad else "frozen"
+                lines.append(
+                    f"parameter {slot.name!r} of shape {slot.shape}, {parameter.dtype}, {kind}, in unit {plan.name!r}, "
+                    f"optimizer group {slot.group}"
+                )
+    mine = "\n".join(lines)
+    for rank, other in enumerate(comm.exchange(CollectiveId("comparison of models", "", 0), mine.encode())):
+        theirs = other.decode().split("\n")
+        if theirs == lines:
+            continue
+        for i in range(max(len(lines), len(theirs))):
+            here = lines[i] if i < len(lines) else "nothing"
+            there = theirs[i] if i < len(theirs) else "nothing"
+            if here != there:
+                raise ConfigError(
+                    f"ranks have different models or settings: rank {comm.rank} has {here}, rank {rank} has {there}. "
+                    "Build the same model with the same configuration on every rank."
+                )
+
+
+def build_units(
+    comm: Communicator,
+    planned: Sequence[tuple[UnitPlan, list[Blueprint]]],
+    traits: OptimizerTraits,
+    precision: Precision,
+) -> list[Unit]:
+    """Allocate the flat buffers of parameters and make the model's parameters views into them; the root comes first."""
+    loads = [0] * comm.size
+    units = []
+    for index, (plan, blueprints) in enumerate(planned):
+        segments = []
+        for blueprint in blueprints:
+            owned_whole = not traits.elementwise and any(slot.group != NO_GROUP for slot in blueprint.slots)
+            layout: Layout = (
+                whole_parameter_layout(blueprint.slots, loads)
+                if owned_whole
+                else even_layout(blueprint.slots, comm.size)
+            )
+            parameters = [blueprint.parameters[slot.name] for slot in layout.slots]
+            segments.append(build_segment(comm, layout, parameters, blueprint.sharding, precision))
+        units.append(Unit(plan.name, index, plan.module, segments))
+    return units
+
+
+def equip_with_gradients(
+    comm: Communicator,
+    units: Sequence[Unit],
+    groups: dict[nn.Parameter, int],
+    precision: Precision,
+    contiguous_gradients: bool,
+) -> None:
+    """Give every trainable segment room for gradients, and its slots the optimizer groups that they are in."""
+    for unit in units:
+        segments = []
+        for segment in unit.segments:
+            if segment.trainable:
+                slots = tuple(
+                    replace(slot, group=groups.get(parameter, NO_GROUP))
+                    for slot, parameter in zip(segment.layout.slots, segment.parameters.parameters, strict=True)
+                )
+                segment = replace(segment, layout=Layout(slots, segment.layout.cuts))
+                segment = with_gradients(comm, segment, precision, contiguous_gradients)
+            segments.append(segment)
+        unit.replace_segments(segments)

@@ -1,0 +1,439 @@
+"""The engine: a model whose training states are sharded, driven by three calls.
+
+::
+
+    loss = engine(batch)      forward: units become whole just in time
+    engine.backward(loss)     gradients are averaged over ranks as they appear, each rank keeps its shard
+    engine.step()             one message of agreement, clip, step of this rank's shards, publication
+
+``step`` may be called after every micro-batch and acts when ``gradient_accumulation_steps`` of them were seen.
+Everything that ranks do together is marked *collective*: call it on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise import torch_compat
+from shardwise.comm.base import CollectiveId, Communicator, Pending
+from shardwise.config import BatchSizes, EngineConfig
+from shardwise.errors import ConfigError, StateError
+from shardwise.optim.probe import OptimizerTraits
+from shardwise.precision import LossScaler, Precision
+from shardwise.zero.agreement import agree, agree_unused
+from shardwise.zero.assembly import equip_with_gradients, measure_optimizer, optimizer_groups
+from shardwise.zero.engine_optimizer import EngineOptimizer
+from shardwise.zero.hooks import Hooks, map_tensors
+from shardwise.zero.invariants import check_home, check_reduced
+from shardwise.zero.loss_scale import ScaleBoundary
+from shardwise.zero.memory import MemoryReport, report_memory
+from shardwise.zero.optimizer import CPU_RUN_NUMEL, ShardedOptimizer
+from shardwise.zero.reducer import Reducer
+from shardwise.zero.schedule import Budgets, Schedule
+from shardwise.zero.unit import Unit
+
+
+class Engine(nn.Module):
+    """A wrapped model; build it with ``shardwise.initialize``.
+
+    The wrapped model's parameters stay the user's ``nn.Parameter`` objects. At stage 3 they show NaN outside of the
+    passes of the model: read them inside ``gathered_parameters`` or through ``state_dict``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        units: list[Unit],
+        comm: Communicator,
+        batch_sizes: BatchSizes,
+        precision: Precision,
+        loss_scaler: LossScaler,
+        budgets: Budgets,
+        config: EngineConfig,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.device = comm.device
+        self.lr_scheduler: Any = None
+        self.global_steps = 0
+        self.micro_steps = 0
+        self.skipped_steps = 0
+        self._units = units
+        self._optimizer: ShardedOptimizer | None = None
+        self._comm = comm
+        self._batch_sizes = batch_sizes
+        self._precision = precision
+        self._scaler = loss_scaler
+        self._boundary = ScaleBoundary(loss_scaler)
+        self._config = config
+        # DeepSpeed casts inputs only where fp16.auto_cast says so; here its explicit false is what keeps them.
+        keeps_inputs = config.fp16.enabled and "auto_cast" in config.fp16.model_fields_set and not config.fp16.auto_cast
+        self._casts_inputs = precision.compute is not None and not keeps_inputs
+        self._schedule = Schedule(units, units[0], budgets, prefetches=comm.overlaps)
+        self._watch_units()
+        self._state_dict_guard = module.register_state_dict_pre_hook(self._refuse_sharded_state_dict)
+        self._owners = {
+            parameter: (unit, number, slot)
+            for unit in units
+            for number, segment in enumerate(unit.segments)
+            for slot, parameter in enumerate(segment.parameters.parameters)
+        }
+        self._frozen = [parameter for parameter in self._owners if not parameter.requires_grad]
+        self._publications: list[Pending] = []
+        self._forced_boundary: bool | None = None
+        self._syncs = True
+        self._grad_norm = 0.0
+        self._step_was_applied = False
+        self._closed = False
+        comm.publish()
+
+    def _watch_units(self) -> None:
+        self._reducer = Reducer(self._units, self._config.zero_optimization.overlap_comm is not False)
+        self._reduces_every_backward = any(
+            segment.sharding.reduces_every_backward for unit in self._units for segment, _ in unit.trainable
+        )
+        self._hooks = Hooks(
+            self._units,
+            self._units[0],
+            self._schedule,
+            self._reducer,
+            self._comm,
+            self._reduces_now,
+            self._boundary.reset,
+        )
+
+    def attach_optimizer(
+        self, optimizer: torch.optim.Optimizer, traits: OptimizerTraits | None = None
+    ) -> EngineOptimizer:
+        """Let ``optimizer``, built over the model's parameters, train them; what ``initialize`` does with its own.
+
+        Args:
+            optimizer: a new torch optimizer; its groups may hold any of the model's parameters.
+            traits: what ``probe_optimizer`` said, if it was asked already.
+
+        Returns:
+            The optimizer to hand to schedulers.
+
+        Raises:
+            ConfigError: the engine has an optimizer, or this one cannot work on the engine's shards.
+        """
+        self._check_open()
+        if self._optimizer is not None:
+            raise ConfigError(
+                f"the engine has a {type(self._optimizer.inner).__name__} already. Expected one optimizer an engine: "
+                "give it several parameter groups, or close the engine and initialize again."
+            )
+        measured_late = traits is None
+        traits = traits or measure_optimizer(optimizer, self.zero_optimization_stage())
+        if measured_late and not traits.elementwise and self._comm.size > 1:
+            raise ConfigError(
+                f"{type(optimizer).__name__} needs whole matrices, but the engine's buffers are cut anywhere already. "
+                "Pass it to initialize()."
+            )
+        groups = optimizer_groups(self.module, optimizer)
+        contiguous = self._config.zero_optimization.contiguous_gradients
+        equip_with_gradients(self._comm, self._units, groups, self._precision, contiguous)
+        sub_group = self._config.zero_optimization.sub_group_size
+        self._optimizer = ShardedOptimizer(
+            optimizer,
+            traits,
+            self._units,
+            max_run_numel=min(sub_group, CPU_RUN_NUMEL) if self.device.type == "cpu" else sub_group,
+            unit_by_unit=self._comm.overlaps,
+        )
+        self._hooks.remove()
+        self._watch_units()
+        return EngineOptimizer(self, optimizer)
+
+    # ----------------------------------------------------------------------------------------- forward, backward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. Collective at stage 3, but on CPU ranks of one host."""
+        self._check_open()
+        if not torch_compat.in_backward():
+            self._hooks.recover()
+        if self._casts_inputs:
+            args, kwargs = map_tensors(args, self._cast), map_tensors(kwargs, self._cast)
+        output = self._boundary.wrap(self.module(*args, **kwargs))
+        self._hooks.watch_outputs(output)
+        return output
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._precision.compute) if tensor.is_floating_point() else tensor
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
+        """Compute gradients of ``loss``, divided by ``gradient_accumulation_steps``. Collective.
+
+        Args:
+            loss: a scalar.
+            retain_graph: as in ``Tensor.backward``.
+            scale_wrt_gas: False leaves the loss undivided.
+
+        Returns:
+            The loss as it was differentiated, without the loss scale.
+
+        ``loss.backward()`` does the same without the division; in fp16 it is scaled on its way through the model's outputs.
+        """
+        self._check_open()
+        if scale_wrt_gas and self.gradient_accumulation_steps() > 1:
+            loss = loss / self.gradient_accumulation_steps()
+        self.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """``loss`` times the loss scale, for a ``backward()`` of one's own; the model's outputs scale no second time."""
+        if self._scaler.scale == 1.0:
+            return loss
+        self._boundary.scaled_already = True
+        return loss * self._scaler.scale
+
+    def _reduces_now(self) -> bool:
+        return self._syncs and (self._reduces_every_backward or self.is_gradient_accumulation_boundary())
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside keep their gradients on this rank; the next pass outside, or ``step``, averages them.
+
+        Works at every stage; at stages 2 and 3 it costs a whole gradient until then.
+        """
+        previous, self._syncs = self._syncs, False
+        try:
+            yield
+        finally:
+            self._syncs = previous
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next ``step`` acts."""
+        if self._forced_boundary is not None:
+            return self._forced_boundary
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Decide by hand whether the next ``step`` acts; None returns to counting."""
+        self._forced_boundary = is_boundary
+
+    # ------------------------------------------------------------------------------------------------------ step
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """At the boundary: average what is left, agree, clip, step this rank's shards and publish. Collective.
+
+        Args:
+            lr_kwargs: passed to ``lr_scheduler.step``.
+        """
+        self._check_open()
+        if self._optimizer is None:
+            raise StateError("step() was called, but the engine has no optimizer. Pass one to initialize().")
+        if not self._syncs:
+            raise StateError(
+                "step() was called inside no_sync(): gradients would differ between ranks. Leave it first."
+            )
+        boundary = self.is_gradient_accumulation_boundary()
+        self.micro_steps += 1
+        if boundary:
+            self._take_step(self._optimizer, lr_kwargs or {})
+
+    def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
+        step = self.global_steps
+        if optimizer.has_new_groups:
+            optimizer.adopt_new_groups(self._owners)
+        check_home(self._units, f"before step {step}")
+        self._check_frozen()
+        units = self._reducer.units
+        agreed = agree(self._comm, units, self._reducer.observed_order, step)
+        if agreed.same_order:
+            self._reducer.adopt_observed_order()
+        if agreed.unreduced:
+            self._reducer.reduce_now([units[i] for i in agreed.unreduced], step)
+            agreed = agree(self._comm, units, (), step)
+        check_reduced(units, f"at step {step}")
+        self._grad_norm = math.sqrt(agreed.sum_of_squares) / self._scaler.scale
+        overflow = self._scaler.skips_overflows and not math.isfinite(self._grad_norm)
+        if overflow:
+            self.skipped_steps += 1
+        else:
+            unused = agree_unused(self._comm, units, step) if agreed.any_unused else frozenset()
+            self._spread_and_scale_gradients(self._gradient_factor())
+            optimizer.step(unused, self._publisher())
+            self._finish_publication()
+        self._step_was_applied = not overflow
+        self._scaler.update(overflow)
+        for unit in units:
+            unit.clear_gradients()
+        self.global_steps += 1
+        self._schedule.step = self.global_steps
+        if not overflow and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**lr_kwargs)
+
+    def _gradient_factor(self) -> float:
+        """Undo the loss scale and clip by the global norm, in one factor (the rule of ``clip_grad_norm_``)."""
+        factor = 1.0 / self._scaler.scale
+        if self._config.gradient_clipping > 0:
+            factor *= min(1.0, self._config.gradient_clipping / (self._grad_norm + 1e-6))
+        return factor
+
+    def _spread_and_scale_gradients(self, factor: float) -> None:
+        self._comm.publish()
+        pending = [p for unit in self._reducer.units for p in unit.spread_gradients(self.global_steps)]
+        for gather in pending:
+            gather.wait()
+        if pending:
+            # Nobody may fill the buffer anew while another rank still reads my slice of it.
+            self._comm.exchange(CollectiveId("end of the gradients' gather", "", self.global_steps), b"")
+        if factor != 1.0:
+            for unit in self._reducer.units:
+                for _, gradients in unit.trainable:
+                    gradients.for_optimizer.mul_(factor)
+
+    def _publisher(self) -> Callable[[list[Unit]], None]:
+        """Transports that work beside compute carry each unit's new values while the next is stepped."""
+
+        def publish(units: list[Unit]) -> None:
+            for unit in units:
+                self._publications += unit.publish(self.global_steps)
+
+        return publish
+
+    def _finish_publication(self) -> None:
+        self._comm.publish()
+        for pending in self._publications:
+            pending.wait()
+        self._publications = []
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of this step, also after a pass that raised (then call it on every rank)."""
+        self._hooks.recover()
+        for unit in self._units:
+            unit.clear_gradients()
+
+    # -------------------------------------------------------------------------------------------------- questions
+
+    def get_global_grad_norm(self) -> float:
+        """Norm of the averaged gradient of the last step, before clipping."""
+        return self._grad_norm
+
+    def was_step_applied(self) -> bool:
+        """Whether the last step changed the parameters; False after an fp16 overflow."""
+        return self._step_was_applied
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by."""
+        return self._scaler.scale
+
+    @property
+    def global_samples(self) -> int:
+        """Samples that all ranks have trained on."""
+        return self.global_steps * self.train_batch_size()
+
+    def train_batch_size(self) -> int:
+        """Samples a step, over all ranks."""
+        return self._batch_sizes.train_batch_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples of one forward on one rank."""
+        return self._batch_sizes.train_micro_batch_size_per_gpu
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches a step."""
+        return self._batch_sizes.gradient_accumulation_steps
+
+    def zero_optimization_stage(self) -> int:
+        """The stage that was asked for."""
+        return self._config.zero_optimization.stage
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each optimizer group."""
+        groups = self._optimizer.inner.param_groups if self._optimizer is not None else []
+        return [float(group["lr"]) for group in groups]
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes that this rank holds now."""
+        return report_memory(self._comm, self._units, self._optimizer)
+
+    # -------------------------------------------------------------------------------------------- whole parameters
+
+    @contextmanager
+    def gathered_parameters(self) -> Iterator[None]:
+        """All parameters whole, for reading, on every rank. Collective; passes of the model inside need none."""
+        self._check_open()
+        if self._hooks.in_backward:
+            raise StateError("gathered_parameters() was entered inside a backward pass. Enter it between passes.")
+        for unit in self._units:
+            unit.unshard(self.global_steps)
+            unit.wait_unsharded()
+        self._schedule.pinned = True
+        try:
+            yield
+        finally:
+            self._schedule.pinned = False
+            self._schedule.reshard_all()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The wrapped model's state dict, whole, on the CPU of every rank. Collective; whole one unit at a time."""
+        self._check_open()
+        values: dict[nn.Parameter, torch.Tensor] = {}
+        for unit in self._units:
+            was_whole = not unit.is_sharded or unit.is_whole
+            unit.unshard(self.global_steps)
+            unit.wait_unsharded()
+            for segment in unit.segments:
+                for parameter in segment.parameters.parameters:
+                    values[parameter] = parameter.detach().to("cpu", copy=True)
+            if not was_whole:
+                unit.reshard()
+        self._state_dict_guard.remove()
+        try:
+            state = self.module.state_dict(*args, **{**kwargs, "keep_vars": True})
+        finally:
+            self._state_dict_guard = self.module.register_state_dict_pre_hook(self._refuse_sharded_state_dict)
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                state[name] = values[value] if value in values else value.detach().to("cpu", copy=True)  # type: ignore[index]
+        return state
+
+    def _refuse_sharded_state_dict(self, *_: Any) -> None:
+        if any(unit.is_sharded and not unit.is_whole for unit in self._units):
+            raise StateError(
+                "state_dict() of the wrapped model was called while its parameters are sharded: it would hold NaN. "
+                "Call engine.state_dict() on every rank, or stay inside engine.gathered_parameters()."
+            )
+
+    # ------------------------------------------------------------------------------------------------------- end
+
+    def close(self) -> None:
+        """Take the hooks off the model and free the optimizer's state and the transport; the engine is then of no use."""
+        if self._closed:
+            return
+        self._closed = True
+        self._hooks.remove()
+        self._state_dict_guard.remove()
+        if self._optimizer is not None:
+            self._optimizer.close()
+        self._comm.close()
+
+    destroy = close
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateError("the engine was closed. Build a new one with initialize().")
+
+    def _check_frozen(self) -> None:
+        for parameter in self._frozen:
+            if parameter.requires_grad or parameter.grad is not None:
+                unit, number, slot = self._owners[parameter]
+                raise StateError(
+                    f"parameter {unit.segments[number].names[slot]!r} was frozen when the engine was built and is "
+                    "trainable now: there is no room for its gradient. Unfreeze before initialize()."
+                )

@@ -1,0 +1,46 @@
+"""What ``initialize`` returns as the optimizer: the user's groups and settings, with the engine's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from shardwise.zero.engine import Engine
+
+
+class EngineOptimizer(torch.optim.Optimizer):
+    """A torch optimizer in the eyes of schedulers and loggers; ``step`` and ``zero_grad`` are the engine's.
+
+    ``param_groups`` are the groups of the optimizer that was passed, so a learning rate may be set on either.
+    """
+
+    def __init__(self, engine: Engine, inner: torch.optim.Optimizer) -> None:
+        super().__init__([torch.empty(0)], dict(inner.defaults))
+        self._engine = engine
+        self.optimizer = inner
+        self.param_groups = inner.param_groups
+        self.state = inner.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """``engine.step()``.
+
+        Raises:
+            ValueError: a closure was passed: it would run the model again in the middle of a step.
+        """
+        if closure is not None:
+            raise ValueError("step() takes no closure here: run forward and backward first, then call step().")
+        self._engine.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """``engine.zero_grad()``."""
+        self._engine.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add to the optimizer that was passed; the engine takes the parameters in at its next step."""
+        if hasattr(self, "optimizer"):
+            self.optimizer.add_param_group(param_group)
+        else:
+            super().add_param_group(param_group)

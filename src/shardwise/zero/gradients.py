@@ -1,0 +1,255 @@
+"""Where the gradients of one flat buffer gather until they are reduced: two answers, one interface.
+
+``ResidentGradients``  a whole buffer at all times: gradients of several backward passes add up and are reduced once.
+``TransientGradients``  only this rank's shard of the reduced gradient rests; a whole buffer is borrowed for one backward
+pass, from its first gradient to its reduction.
+
+Both take each parameter's gradient as autograd produces it, and both can take more after a reduction: what is reduced
+already stays reduced, what comes later is added by the next reduction.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from shardwise.comm.base import CollectiveId, Communicator, Pending
+from shardwise.layout import Layout, Span
+from shardwise.zero.parameters import slot_views
+
+
+class GradientHome(Protocol):
+    """The gradients of one flat buffer."""
+
+    layout: Layout
+    owned: torch.Tensor
+    """[this rank's shard] the reduced gradient, in the master's dtype: what norms are computed over."""
+    for_optimizer: torch.Tensor
+    """[optimizer's span] the reduced gradient as the optimizer sees it, valid after ``spread``."""
+
+    @property
+    def has_unreduced(self) -> bool:
+        """Whether a gradient came since the last reduction."""
+
+    def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
+        """Take the gradient of slot ``index``. ``keep``: it will not be reduced in this backward pass."""
+
+    def reduce(self, identity: CollectiveId) -> Pending:
+        """Start adding the mean over ranks of what is unreduced (zeros where nothing came) to ``owned``."""
+
+    def spread(self, identity: CollectiveId) -> Pending | None:
+        """Bring ``owned`` of all ranks into ``for_optimizer``; None where the optimizer needs no more than ``owned``."""
+
+    def clear(self) -> None:
+        """Forget all gradients: the step is done, or is given up."""
+
+    def resting_tensors(self) -> list[torch.Tensor]:
+        """What is allocated between steps."""
+
+    def transient_tensors(self) -> list[torch.Tensor]:
+        """What is borrowed at this moment."""
+
+
+class _Slots:
+    """The per-parameter views of a whole gradient buffer, and which of them hold something."""
+
+    def __init__(self, layout: Layout, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self._views = slot_views(buffer, layout)
+        self._gaps = [buffer[gap.begin : gap.end] for gap in layout.gaps()]
+        self._written = [False] * len(self._views)
+        self.any_written = False
+
+    def add(self, index: int, gradient: torch.Tensor) -> None:
+        """The first gradient of a parameter overwrites what an earlier use left, so nothing needs zeroing before."""
+        if self._written[index]:
+            self._views[index].add_(gradient)
+        else:
+            self._views[index].copy_(gradient)
+            self._written[index] = self.any_written = True
+
+    def complete(self) -> torch.Tensor:
+        """The buffer with zeros where no gradient came."""
+        for view, written in zip(self._views, self._written, strict=True):
+            if not written:
+                view.zero_()
+        for gap in self._gaps:
+            gap.zero_()
+        return self.buffer
+
+    def clear(self) -> None:
+        """The next gradients overwrite."""
+        if self.any_written:
+            self._written = [False] * len(self._views)
+            self.any_written = False
+
+
+class _Then:
+    """A pending collective with something to do once it is over."""
+
+    def __init__(self, pending: Pending, then: _Finish) -> None:
+        self._pending: Pending | None = pending
+        self._then = then
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+            self._then()
+
+    def poll(self) -> None:
+        if self._pending is not None:
+            self._pending.poll()
+
+
+class _Finish(Protocol):
+    def __call__(self) -> None: ...
+
+
+class ResidentGradients:
+    """A whole buffer in the master's dtype; this rank's slice of it becomes the reduced gradient in place."""
+
+    def __init__(
+        self, comm: Communicator, layout: Layout, dtype: torch.dtype, travel_dtype: torch.dtype, span: Span
+    ) -> None:
+        self.layout = layout
+        self._comm = comm
+        self._travel_dtype = travel_dtype
+        self._whole = comm.allocate(layout.numel, dtype)
+        self._slots = _Slots(layout, self._whole)
+        self.owned = comm.my_slice(self._whole, layout.cuts)
+        self.for_optimizer = self._whole[span.begin : span.end]
+        self._reduced = False
+        self._carry: torch.Tensor | None = None
+
+    @property
+    def has_unreduced(self) -> bool:
+        """Whether a gradient came since the last reduction."""
+        return self._slots.any_written
+
+    def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
+        """Add in place; what an earlier reduction of this step left in my slice is set aside first."""
+        if self._reduced:
+            self._comm.settle()
+            self._carry = self.owned.clone()
+            self._reduced = False
+        self._slots.add(index, gradient)
+
+    def reduce(self, identity: CollectiveId) -> Pending:
+        """From the whole buffer into my slice of it; through a narrower copy where gradients travel so."""
+        if self._reduced:
+            # Nothing of mine is new, but other ranks reduce: take part with zeros.
+            self._comm.settle()
+            self._carry = self.owned.clone()
+        whole = self._slots.complete()
+        self._slots.clear()
+        self._reduced = True
+        if self._travel_dtype == whole.dtype:
+            pending = self._comm.reduce_scatter(identity, whole, self.layout.cuts, self.owned, accumulate=False)
+            return _Then(pending, self._add_carry)
+        staging = self._comm.borrow(whole.numel(), self._travel_dtype)
+        staging.copy_(whole)
+        pending = self._comm.reduce_scatter(identity, staging, self.layout.cuts, self.owned, accumulate=False)
+
+        def finish() -> None:
+            self._comm.give_back(staging)
+            self._add_carry()
+
+        return _Then(pending, finish)
+
+    def _add_carry(self) -> None:
+        if self._carry is not None:
+            self.owned.add_(self._carry)
+            self._carry = None
+
+    def spread(self, identity: CollectiveId) -> Pending | None:
+        """Fetch the other owners' reduced slices, where this rank's optimizer steps them too."""
+        if self.for_optimizer.numel() == self.owned.numel() or not self._reduced:
+            return None
+        return self._comm.all_gather_in_place(identity, self._whole, self.layout.cuts)
+
+    def clear(self) -> None:
+        """The next gradients overwrite the buffer."""
+        self._slots.clear()
+        self._reduced = False
+        self._carry = None
+
+    def resting_tensors(self) -> list[torch.Tensor]:
+        """The whole buffer."""
+        return [self._whole]
+
+    def transient_tensors(self) -> list[torch.Tensor]:
+        """What was set aside."""
+        return [] if self._carry is None else [self._carry]
+
+
+class TransientGradients:
+    """A shard in the master's dtype; a whole buffer in the travelling dtype for the time of one backward pass."""
+
+    def __init__(
+        self, comm: Communicator, layout: Layout, dtype: torch.dtype, travel_dtype: torch.dtype, contiguous: bool
+    ) -> None:
+        self.layout = layout
+        self._comm = comm
+        self._travel_dtype = travel_dtype
+        self._contiguous = contiguous
+        self.owned = torch.zeros(comm.my_span(layout.cuts).numel, dtype=dtype, device=comm.device)
+        self.for_optimizer = self.owned
+        self._slots: _Slots | None = None
+        self._scattered: dict[int, torch.Tensor] = {}
+        self._holds_gradient = False
+
+    @property
+    def has_unreduced(self) -> bool:
+        """Whether a gradient came since the last reduction."""
+        return self._slots is not None or bool(self._scattered)
+
+    def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
+        """Into the borrowed buffer; in the master's dtype where several passes will add up in it."""
+        if not self._contiguous and not keep and self._slots is None:
+            kept = self._scattered.get(index)
+            self._scattered[index] = gradient if kept is None else kept.add_(gradient)
+            return
+        self._borrowed(self.owned.dtype if keep else self._travel_dtype).add(index, gradient)
+
+    def _borrowed(self, dtype: torch.dtype) -> _Slots:
+        if self._slots is None:
+            self._slots = _Slots(self.layout, self._comm.borrow(self.layout.numel, dtype))
+        return self._slots
+
+    def reduce(self, identity: CollectiveId) -> Pending:
+        """Into the shard; the whole buffer goes back when the reduction is over."""
+        slots = self._borrowed(self._travel_dtype)
+        for index, gradient in self._scattered.items():
+            slots.add(index, gradient)
+        self._scattered.clear()
+        self._slots = None
+        buffer = slots.complete()
+        if buffer.dtype != self._travel_dtype:
+            wide, buffer = buffer, self._comm.borrow(self.layout.numel, self._travel_dtype)
+            buffer.copy_(wide)
+            self._comm.give_back(wide)
+        accumulate, self._holds_gradient = self._holds_gradient, True
+        pending = self._comm.reduce_scatter(identity, buffer, self.layout.cuts, self.owned, accumulate)
+        return _Then(pending, lambda: self._comm.give_back(buffer))
+
+    def spread(self, identity: CollectiveId) -> Pending | None:
+        """The optimizer steps this rank's shard only."""
+        return None
+
+    def clear(self) -> None:
+        """The next reduction overwrites the shard."""
+        if self._slots is not None:
+            self._comm.give_back(self._slots.buffer)
+        self._slots = None
+        self._scattered.clear()
+        self._holds_gradient = False
+
+    def resting_tensors(self) -> list[torch.Tensor]:
+        """The shard."""
+        return [self.owned]
+
+    def transient_tensors(self) -> list[torch.Tensor]:
+        """The borrowed buffer, or the gradients as autograd made them."""
+        return list(self._scattered.values()) if self._slots is None else [self._slots.buffer]

@@ -1,0 +1,179 @@
+"""``initialize``: from a model and a configuration to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from shardwise.comm.choose import build_communicator
+from shardwise.config import EngineConfig, load_config
+from shardwise.errors import ConfigError
+from shardwise.mesh import DEFAULT_TIMEOUT, build_mesh, init_distributed
+from shardwise.optim.json_optimizers import build_optimizer
+from shardwise.optim.schedulers import build_scheduler
+from shardwise.zero.assembly import (
+    build_units,
+    check_same_model,
+    choose_loss_scaler,
+    choose_precision,
+    measure_optimizer,
+    optimizer_groups,
+    plan_blueprints,
+)
+from shardwise.zero.engine import Engine
+from shardwise.zero.engine_optimizer import EngineOptimizer
+from shardwise.zero.schedule import Budgets
+
+OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[Any]], torch.optim.Optimizer]
+SchedulerLike = torch.optim.lr_scheduler.LRScheduler | Callable[[torch.optim.Optimizer], Any]
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: OptimizerLike | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: SchedulerLike | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+) -> tuple[Engine, EngineOptimizer | None, DataLoader[Any] | None, Any]:
+    """Wrap ``model`` into an engine that shards its training states as ``config`` says. Collective.
+
+    Args:
+        args: an object with ``deepspeed_config``, used where ``config`` is None (argparse's result, as DeepSpeed takes it).
+        model: any module; its parameters become views into the engine's buffers. Rank 0's values are used on all ranks.
+        optimizer: a torch optimizer over the model's parameters, or a callable that builds one from parameters. None:
+            the one that the configuration describes, else none: the engine then only runs the model, until
+            ``engine.attach_optimizer``.
+        model_parameters: what the callable or the configuration's optimizer gets; default ``model.parameters()``.
+        training_data: a dataset to build a distributed loader of ``train_micro_batch_size_per_gpu`` samples for.
+        lr_scheduler: a scheduler that ``engine.step`` advances, or a callable that builds one from the optimizer. None:
+            the one that the configuration describes, else none.
+        collate_fn: for the loader.
+        config: a DeepSpeed configuration: path, mapping, or base64 string of JSON.
+        device: "cpu" or "cuda"; default: what the machine has.
+        timeout: how long ranks wait for each other.
+
+    Returns:
+        ``(engine, optimizer, dataloader, lr_scheduler)``; what was neither given nor configured is None.
+
+    Raises:
+        ConfigError: the arguments or the configuration cannot work; before anything is allocated where possible.
+    """
+    if model is None:
+        raise ConfigError("initialize() got no model. Pass model=, a torch.nn.Module.")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"initialize() got a {type(model).__name__} as model. Expected a torch.nn.Module.")
+    if isinstance(model, Engine):
+        raise ConfigError("initialize() got an engine as model. Use engine.attach_optimizer() to give it an optimizer.")
+    if config is None:
+        config = getattr(args, "deepspeed_config", None)
+    settings = load_config(config)
+    init_distributed(timeout=timeout, device=device)
+    mesh = build_mesh(device, timeout)
+    batch_sizes = settings.resolve_batch(mesh.dp_shard.size)
+    zero = settings.zero_optimization
+
+    built = _build_optimizer(model, optimizer, model_parameters, settings)
+    traits = measure_optimizer(built, zero.stage)
+    groups = optimizer_groups(model, built)
+    precision = choose_precision(settings)
+    planned = plan_blueprints(model, groups, precision, settings, mesh.dp_shard.size)
+
+    comm = build_communicator(
+        mesh,
+        settings.shardwise.transport,
+        settings.shardwise.reduction,
+        reduce_scatter=zero.reduce_scatter,
+        allgather_partitions=zero.allgather_partitions,
+        reduce_bucket_numel=zero.reduce_bucket_size,
+        gather_bucket_numel=zero.allgather_bucket_size,
+    )
+    comm.check = settings.shardwise.check_collectives
+    check_same_model(comm, planned, f"configuration {settings.model_dump_json()}")
+    units = build_units(comm, planned, traits, precision)
+    _move_buffers(model, mesh.device, precision.compute)
+    engine = Engine(
+        model,
+        units,
+        comm,
+        batch_sizes,
+        precision,
+        choose_loss_scaler(settings),
+        Budgets(
+            prefetch=zero.stage3_prefetch_bucket_size,
+            max_live=zero.stage3_max_live_parameters,
+            reuse_distance=zero.stage3_max_reuse_distance,
+        ),
+        settings,
+    )
+    returned = engine.attach_optimizer(built, traits) if built is not None else None
+    if returned is not None:
+        engine.lr_scheduler = _build_scheduler(lr_scheduler, returned, settings)
+    loader = None
+    if training_data is not None:
+        loader = _build_loader(
+            training_data, batch_sizes.train_micro_batch_size_per_gpu, mesh.dp_shard.rank, mesh.dp_shard.size,
+            collate_fn, settings.dataloader_drop_last,
+        )  # fmt: skip
+    return engine, returned, loader, engine.lr_scheduler
+
+
+def _build_optimizer(
+    model: nn.Module, optimizer: OptimizerLike | None, model_parameters: Iterable[Any] | None, settings: EngineConfig
+) -> torch.optim.Optimizer | None:
+    """The user's own wins over the configuration's."""
+    parameters = list(model_parameters) if model_parameters is not None else list(model.parameters())
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    if callable(optimizer):
+        built = optimizer(parameters)
+        if not isinstance(built, torch.optim.Optimizer):
+            raise ConfigError(f"the optimizer callable returned a {type(built).__name__}, not a torch optimizer.")
+        return built
+    if optimizer is not None:
+        raise ConfigError(f"optimizer is a {type(optimizer).__name__}: expected a torch optimizer or a callable.")
+    if settings.optimizer is None:
+        return None
+    return build_optimizer(settings.optimizer.type, settings.optimizer.params, parameters)
+
+
+def _build_scheduler(lr_scheduler: SchedulerLike | None, optimizer: EngineOptimizer, settings: EngineConfig) -> Any:
+    if lr_scheduler is None:
+        block = settings.scheduler
+        return None if block is None else build_scheduler(block.type, block.params, optimizer.optimizer)
+    if isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
+        return lr_scheduler
+    return lr_scheduler(optimizer.optimizer)
+
+
+def _build_loader(
+    data: Dataset[Any],
+    batch_size: int,
+    rank: int,
+    world: int,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    drop_last: bool,
+) -> DataLoader[Any]:
+    sampler: DistributedSampler[Any] = DistributedSampler(data, num_replicas=world, rank=rank, drop_last=drop_last)
+    return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=collate_fn, drop_last=drop_last)
+
+
+def _move_buffers(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Buffers follow the parameters to the device, and floating-point ones to the compute dtype."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            wanted = dtype if dtype is not None and buffer.is_floating_point() else buffer.dtype
+            moved = buffer.to(device=device, dtype=wanted)
+            if moved is not buffer:
+                setattr(module, name, moved)

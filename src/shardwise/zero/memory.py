@@ -1,0 +1,82 @@
+"""What a rank holds, counted from its tensors, beside what the formula says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardwise.comm.base import Communicator
+from shardwise.precision import master_dtype
+from shardwise.zero.optimizer import ShardedOptimizer
+from shardwise.zero.sharding import StateBytes, state_bytes, sum_bytes
+from shardwise.zero.unit import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Bytes of this rank at the moment of the report."""
+
+    parameters_bytes: int
+    """Parameters at rest: whole, or this rank's shards."""
+    gradients_bytes: int
+    """Gradients at rest."""
+    optimizer_bytes: int
+    """The optimizer's own state, and masters that are apart from the parameters."""
+    buffers_bytes: int
+    """Whole parameters and gradient buffers that are live now, and gradient buffers kept for the next pass."""
+    predicted_bytes: int
+    """Model states at rest by the formula of ``state_bytes``; equals ``states_bytes``."""
+    num_parameters: int
+    """Elements of the model's parameters, alignment not counted."""
+
+    @property
+    def states_bytes(self) -> int:
+        """Model states at rest."""
+        return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Model states and buffers."""
+        return self.states_bytes + self.buffers_bytes
+
+    def __str__(self) -> str:
+        rows = [
+            ("parameters", self.parameters_bytes),
+            ("gradients", self.gradients_bytes),
+            ("optimizer", self.optimizer_bytes),
+            ("model states", self.states_bytes),
+            ("  by formula", self.predicted_bytes),
+            ("buffers", self.buffers_bytes),
+            ("total", self.total_bytes),
+        ]
+        per_parameter = max(1, self.num_parameters)
+        return "\n".join(f"{name:<14}{size:>16,d} B {size / per_parameter:>8.2f} B/parameter" for name, size in rows)
+
+
+def report_memory(comm: Communicator, units: Sequence[Unit], optimizer: ShardedOptimizer | None) -> MemoryReport:
+    """Count what is allocated, and compute what should be."""
+    segments = [segment for unit in units for segment in unit.segments]
+    counted = [segment.resting_bytes() for segment in segments]
+    predicted = sum_bytes(
+        state_bytes(
+            segment.layout,
+            comm.rank,
+            segment.sharding,
+            segment.dtype.itemsize,
+            master_dtype(segment.dtype).itemsize,
+            segment.trainable,
+            segment.gradients is not None,
+        )
+        for segment in segments
+    )
+    state = optimizer.state_bytes() if optimizer is not None else 0
+    if optimizer is not None:
+        predicted += StateBytes(0, 0, optimizer.predicted_state_bytes())
+    return MemoryReport(
+        parameters_bytes=sum(parameters for parameters, _, _ in counted),
+        gradients_bytes=sum(gradients for _, gradients, _ in counted),
+        optimizer_bytes=sum(masters for _, _, masters in counted) + state,
+        buffers_bytes=sum(unit.live_bytes() for unit in units) + comm.pooled_bytes(),
+        predicted_bytes=predicted.total,
+        num_parameters=sum(slot.numel for segment in segments for slot in segment.layout.slots),
+    )

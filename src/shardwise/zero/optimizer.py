@@ -1,0 +1,266 @@
+"""The user's optimizer over shards: it keeps its class, its groups and its settings, and steps other tensors.
+
+Each rank's shard of each flat buffer is cut into *runs*: neighbouring parameters of one optimizer group, in pieces that
+stay in cache. An optimizer that needs whole matrices gets, as its runs, the whole parameters that this rank owns.
+
+A parameter that got no gradient on any rank is left out of the step, as plain torch leaves out a parameter without
+``.grad``: its moments and its step count stay. A run that holds used and unused parameters is split there, for good.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.errors import ConfigError, StateError
+from shardwise.layout import NO_GROUP, Layout, Span
+from shardwise.optim.probe import OptimizerTraits
+from shardwise.zero.unit import Segment, Unit
+
+CPU_RUN_NUMEL = 1 << 18
+"""Elements of a run on the CPU: parameter, gradient, two moments and a temporary of it stay in the cache."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """A tensor that the optimizer steps: ``span`` of the flat buffer of ``segment``."""
+
+    segment: Segment
+    group: int
+    span: Span
+    tensor: torch.Tensor
+
+
+class ShardedOptimizer:
+    """Steps ``inner`` over this rank's runs.
+
+    Args:
+        inner: the user's optimizer; its groups are re-pointed to the runs, everything else stays.
+        traits: what ``probe_optimizer`` measured.
+        units: all units; the groups of their layouts refer to ``inner.param_groups``.
+        max_run_numel: elements that one run may hold.
+        unit_by_unit: step each unit by a call of its own, so that its values travel while the next is stepped.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        traits: OptimizerTraits,
+        units: Sequence[Unit],
+        max_run_numel: int,
+        unit_by_unit: bool,
+    ) -> None:
+        if inner.state:
+            raise ConfigError(
+                f"{type(inner).__name__} holds state of {len(inner.state)} parameters already. Expected a new optimizer: "
+                "pass it before its first step."
+            )
+        self.inner = inner
+        self._traits = traits
+        self._max_run_numel = max_run_numel
+        self._runs: dict[Unit, list[_Run]] = {
+            unit: [run for segment in unit.segments for run in self._cut(segment)] for unit in units
+        }
+        self._batches = [[unit] for unit in units] if unit_by_unit and traits.streamable else [list(units)]
+        self._stepping = False
+        self._known_groups = len(inner.param_groups)
+        self._point_groups(run for runs in self._runs.values() for run in runs)
+        guard = weakref.ref(self)
+        self._guard = inner.register_step_pre_hook(lambda *_: _refuse_foreign_step(guard()))
+
+    # ----------------------------------------------------------------------------------------------------- runs
+
+    def _cut(self, segment: Segment) -> list[_Run]:
+        if segment.gradients is None:
+            return []
+        if self._traits.elementwise:
+            pieces = list(segment.layout.runs(segment.parameters.master_span, self._max_run_numel))
+            return [self._run(segment, group, span) for group, span in pieces]
+        return [
+            self._run(segment, slot.group, slot.span, slot.shape)
+            for slot in segment.layout.slots
+            if slot.group != NO_GROUP and slot.span.intersect(segment.parameters.master_span).numel
+        ]
+
+    @staticmethod
+    def _run(segment: Segment, group: int, span: Span, shape: tuple[int, ...] | None = None) -> _Run:
+        assert segment.gradients is not None
+        local = span.shift(-segment.parameters.master_span.begin)
+        tensor = segment.parameters.master[local.begin : local.end].detach()
+        gradient = segment.gradients.for_optimizer[local.begin : local.end]
+        if shape is not None:
+            tensor, gradient = tensor.view(shape), gradient.view(shape)
+        tensor.grad = gradient
+        return _Run(segment, group, span, tensor)
+
+    def _point_groups(self, runs: Iterable[_Run]) -> None:
+        for group in self.inner.param_groups[: self._known_groups]:
+            group["params"] = []
+        for run in runs:
+            self.inner.param_groups[run.group]["params"].append(run.tensor)
+
+    # ----------------------------------------------------------------------------------------------------- step
+
+    def step(self, unused: frozenset[str], after_batch: Callable[[list[Unit]], None]) -> None:
+        """Step everything but the parameters named in ``unused``; tell ``after_batch`` as groups of units are done."""
+        if unused:
+            self._split_runs(unused)
+        self._stepping = True
+        try:
+            for batch in self._batches:
+                used = [run for unit in batch for run in self._runs[unit] if not unused or not _is_unused(run, unused)]
+                self._point_groups(used)
+                if used:
+                    self.inner.step()
+                after_batch(batch)
+        finally:
+            self._stepping = False
+            self._point_groups(run for runs in self._runs.values() for run in runs)
+
+    @property
+    def stepping(self) -> bool:
+        """Whether the engine is inside ``step``: anybody else must not step the inner optimizer."""
+        return self._stepping
+
+    def _split_runs(self, unused: frozenset[str]) -> None:
+        """Cut runs in which used and unused parameters meet, so that each has its own state from now on."""
+        for unit, runs in self._runs.items():
+            if any(_is_mixed(run, unused) for run in runs):
+                self._runs[unit] = [part for run in runs for part in self._split(run, unused)]
+
+    def _split(self, run: _Run, unused: frozenset[str]) -> list[_Run]:
+        if not _is_mixed(run, unused):
+            return [run]
+        state: dict[str, Any] = self.inner.state.pop(run.tensor, {})
+        parts = []
+        for span in _spans_of_one_kind(run, unused):
+            part = self._run(run.segment, run.group, span)
+            parts.append(part)
+            if state:
+                begin = span.begin - run.span.begin
+                self.inner.state[part.tensor] = {
+                    key: _part_of_state(value, run.tensor, begin, span.numel) for key, value in state.items()
+                }
+        return parts
+
+    # --------------------------------------------------------------------------------------------------- groups
+
+    def adopt_new_groups(self, owners: dict[nn.Parameter, tuple[Unit, int, int]]) -> None:
+        """Take in groups that the user added after construction.
+
+        Args:
+            owners: unit, number of the segment in it, and slot of every parameter of the model.
+
+        Raises:
+            ConfigError: a parameter is foreign, frozen when the engine was built, or in another group already.
+        """
+        groups = self.inner.param_groups
+        for number in range(self._known_groups, len(groups)):
+            members = [parameter for parameter in groups[number]["params"] if isinstance(parameter, torch.Tensor)]
+            for parameter in members:
+                if parameter not in owners:
+                    raise ConfigError(f"{describe(parameter)} of the added group {number} is not in the model.")
+                unit, segment_number, slot_index = owners[parameter]
+                self._assign_group(unit, segment_number, slot_index, number)
+            self._known_groups = number + 1
+        self._point_groups(run for runs in self._runs.values() for run in runs)
+
+    @property
+    def has_new_groups(self) -> bool:
+        """Whether the user added a group since the last step."""
+        return len(self.inner.param_groups) > self._known_groups
+
+    def _assign_group(self, unit: Unit, segment_number: int, slot_index: int, group: int) -> None:
+        segment = unit.segments[segment_number]
+        slot = segment.layout.slots[slot_index]
+        if segment.gradients is None:
+            raise ConfigError(
+                f"parameter {slot.name!r} of the added group {group} was frozen when the engine was built, so it has no "
+                "room for gradients. Expected a parameter that was trainable then: initialize again."
+            )
+        if slot.group != NO_GROUP:
+            raise ConfigError(f"parameter {slot.name!r} of the added group {group} is in group {slot.group} already.")
+        slots = list(segment.layout.slots)
+        slots[slot_index] = replace(slot, group=group)
+        alone = replace(segment, layout=Layout((slots[slot_index],), segment.layout.cuts))
+        self._runs[unit] += self._cut(alone)
+        changed = replace(segment, layout=Layout(tuple(slots), segment.layout.cuts))
+        segments = list(unit.segments)
+        segments[segment_number] = changed
+        unit.replace_segments(segments)
+        for run in self._runs[unit]:
+            if run.segment in (segment, alone):
+                run.segment = changed
+
+    # --------------------------------------------------------------------------------------------------- memory
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's own tensors on this rank (Adam's two moments), 0 before the first step."""
+        return sum(
+            value.nbytes
+            for state in self.inner.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor) and value.numel() > 1
+        )
+
+    def predicted_state_bytes(self) -> int:
+        """The same by arithmetic: elements that this rank steps, times the state tensors that each of them has."""
+        per_element = max((_elementwise_state(state) for state in self.inner.state.values()), default=0)
+        return sum(run.span.numel * run.tensor.itemsize * per_element for runs in self._runs.values() for run in runs)
+
+    def close(self) -> None:
+        """Let the inner optimizer go."""
+        self._guard.remove()
+        for group in self.inner.param_groups:
+            group["params"] = []
+        self.inner.state.clear()
+        self._runs.clear()
+
+
+def _elementwise_state(state: dict[str, Any]) -> int:
+    return sum(1 for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1)
+
+
+def _refuse_foreign_step(optimizer: ShardedOptimizer | None) -> None:
+    if optimizer is not None and not optimizer.stepping:
+        raise StateError(
+            "step() was called on the optimizer that was passed to initialize(): it would step shards whose gradients "
+            "are not averaged. Call engine.step(), or step() of the optimizer that initialize() returned."
+        )
+
+
+def _is_unused(run: _Run, unused: frozenset[str]) -> bool:
+    return all(run.segment.names[piece.slot] in unused for piece in run.segment.layout.pieces(run.span))
+
+
+def _is_mixed(run: _Run, unused: frozenset[str]) -> bool:
+    kinds = {run.segment.names[piece.slot] in unused for piece in run.segment.layout.pieces(run.span)}
+    return len(kinds) == 2
+
+
+def _spans_of_one_kind(run: _Run, unused: frozenset[str]) -> list[Span]:
+    spans: list[tuple[bool, Span]] = []
+    for piece in run.segment.layout.pieces(run.span):
+        kind = run.segment.names[piece.slot] in unused
+        if spans and spans[-1][0] == kind:
+            spans[-1] = (kind, Span(spans[-1][1].begin, piece.within_buffer.end))
+        else:
+            spans.append((kind, piece.within_buffer))
+    return [span for _, span in spans]
+
+
+def _part_of_state(value: Any, tensor: torch.Tensor, begin: int, numel: int) -> Any:
+    """What a part of a run takes over: its slice of elementwise state, a copy of everything else."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value[begin : begin + numel] if value.shape == tensor.shape else value.clone()
+
+
+def describe(parameter: torch.Tensor) -> str:
+    """A parameter without a name, for messages."""
+    return f"a parameter of shape {tuple(parameter.shape)} and dtype {parameter.dtype}"

@@ -1,0 +1,90 @@
+"""When gradients travel: as units become complete, but in one order that all ranks agree on.
+
+A unit whose gradients are complete is reduced when its turn has come; units that got no gradient on this rank are
+reduced at the end of the pass, with zeros. So every rank reduces the same units in the same order whatever its own
+backward pass did: conditional branches and unused parameters need no special case. The order is at first the reverse of
+construction; once all ranks have seen one and the same order of completion, that one is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from shardwise.comm.base import Pending
+from shardwise.zero.unit import Unit
+
+MAX_IN_FLIGHT = 2
+"""Units whose gradient buffers may travel at once: one on its way while the next is filled."""
+
+
+class Reducer:
+    """Reduces units in an agreed order. ``overlap``: start a reduction without waiting for its end."""
+
+    def __init__(self, units: Iterable[Unit], overlap: bool) -> None:
+        self._units: list[Unit] = [unit for unit in units if unit.trainable]
+        self._order: list[Unit] = self._units[::-1]
+        self._overlap = overlap
+        self._in_flight: list[list[Pending]] = []
+        self._complete: set[Unit] = set()
+        self._next = 0
+        self._completed_order: list[Unit] = []
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """All units with trainable parameters, in the order of construction."""
+        return self._units
+
+    @property
+    def observed_order(self) -> tuple[int, ...]:
+        """Indices of the units in the order in which the last pass completed them; empty unless it completed all."""
+        return tuple(unit.index for unit in self._completed_order) if self._is_whole_pass() else ()
+
+    def _is_whole_pass(self) -> bool:
+        return len(self._completed_order) == len(self._units)
+
+    def adopt_observed_order(self) -> None:
+        """All ranks saw the same order: use it from the next pass on."""
+        self._order = list(self._completed_order)
+
+    def begin(self) -> None:
+        """A backward pass starts."""
+        self._complete.clear()
+        self._completed_order.clear()
+        self._next = 0
+
+    def complete(self, unit: Unit, step: int) -> None:
+        """The gradients of ``unit`` are all there: reduce it and what waited for it, if it is its turn."""
+        self._completed_order.append(unit)
+        self._complete.add(unit)
+        while self._next < len(self._order) and self._order[self._next] in self._complete:
+            self._start(self._order[self._next], step)
+            self._next += 1
+
+    def end(self, step: int) -> None:
+        """The pass is over: reduce the rest, with zeros where this rank has no gradient, and wait for all."""
+        for unit in self._order[self._next :]:
+            self._start(unit, step)
+        self._next = len(self._order)
+        self._finish(keep=0)
+
+    def reduce_now(self, units: Iterable[Unit], step: int) -> None:
+        """Reduce what was left over by passes that did not reduce; all ranks name the same units."""
+        for unit in units:
+            self._start(unit, step)
+        self._finish(keep=0)
+
+    def _start(self, unit: Unit, step: int) -> None:
+        self._finish(keep=MAX_IN_FLIGHT - 1)
+        self._in_flight.append(unit.reduce(step))
+        if not self._overlap:
+            self._finish(keep=0)
+
+    def _finish(self, keep: int) -> None:
+        while len(self._in_flight) > keep:
+            for pending in self._in_flight.pop(0):
+                pending.wait()
+
+    def abandon(self) -> None:
+        """A pass was given up: forget what travels and what waited."""
+        self._in_flight.clear()
+        self.begin()

@@ -1,0 +1,149 @@
+"""When parameters become whole and when they are put away.
+
+The schedule traces the order in which units run forward and predicts from it: the next pass runs alike, and backward
+runs in reverse. A prediction starts gathers early; it never decides whether one happens, so a wrong one costs time and
+nothing else.
+
+Budgets, in elements of whole parameters, with the meaning that DeepSpeed documents for its keys:
+
+``prefetch``        gathered ahead of use at most (``stage3_prefetch_bucket_size``); None: one unit ahead
+``max_live``        whole at one time at most; ends prefetching, never the unit that runs (``stage3_max_live_parameters``)
+``reuse_distance``  a unit that is used again within so many elements stays whole (``stage3_max_reuse_distance``);
+                    None: only the unit that backward starts with
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardwise.zero.invariants import check_ready
+from shardwise.zero.unit import ShardedState, TrainingState, Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """How many elements may be whole ahead of use, at once, and until their next use."""
+
+    prefetch: int | None = None
+    max_live: int | None = None
+    reuse_distance: int | None = None
+
+
+class Schedule:
+    """Moves the units between their states; ``root`` stays whole from its forward to the end of backward."""
+
+    def __init__(self, units: Sequence[Unit], root: Unit, budgets: Budgets, prefetches: bool) -> None:
+        self._units = units
+        self._root = root
+        self._budgets = budgets
+        self._prefetches = prefetches
+        self._order: list[Unit] = []
+        """Units in the order of their first use in the last whole forward pass."""
+        self._tracing: list[Unit] = []
+        self.step = 0
+        self.pinned = False
+        """While set, nothing is put away."""
+
+    # -------------------------------------------------------------------------------------------------- forward
+
+    def begin_forward(self) -> None:
+        """A new pass of the root: what the last one did is the prediction."""
+        if self._tracing:
+            self._order = self._tracing
+        self._tracing = []
+
+    def before_forward(self, unit: Unit) -> None:
+        """Make ``unit`` whole; gather the next ones meanwhile."""
+        unit.unshard(self.step)
+        if self._prefetches and unit.training_state is TrainingState.IDLE:
+            self._prefetch(unit, forward=True)
+        unit.wait_unsharded()
+        check_ready(unit, "before forward")
+        if unit not in self._tracing:
+            self._tracing.append(unit)
+
+    def after_forward(self, unit: Unit, in_graph: bool) -> None:
+        """Put ``unit`` away, unless it is used again soon. ``in_graph``: its backward is to be expected."""
+        if not in_graph or not self._reused_soon(unit):
+            self._put_away(unit)
+
+    def _put_away(self, unit: Unit) -> None:
+        if not self.pinned:
+            unit.reshard()
+
+    def _reused_soon(self, unit: Unit) -> bool:
+        """Whether between now and the unit's turn in backward fewer than ``reuse_distance`` elements are used.
+
+        From the unit that ran last backward comes at once. Any other one waits for those behind it, twice: forward and
+        back again.
+        """
+        if not self._order or unit not in self._order:
+            return False
+        behind = [u.numel_sharded for u in self._order[self._order.index(unit) + 1 :] if u is not self._root]
+        if self._budgets.reuse_distance is None:
+            return not behind
+        if not 2 * sum(behind) < self._budgets.reuse_distance:
+            return False
+        return self._budgets.max_live is None or self._live() <= self._budgets.max_live
+
+    # ------------------------------------------------------------------------------------------------- backward
+
+    def before_backward(self, unit: Unit) -> None:
+        """Make ``unit`` whole again; gather the ones before it meanwhile."""
+        unit.unshard(self.step)
+        if self._prefetches:
+            self._prefetch(unit, forward=False)
+        unit.wait_unsharded()
+        check_ready(unit, "before backward")
+
+    def after_backward(self, unit: Unit) -> None:
+        """Put ``unit`` away once gradients have left all its calls."""
+        unit.forwards_in_graph = max(0, unit.forwards_in_graph - 1)
+        if unit.forwards_in_graph == 0:
+            unit.training_state = TrainingState.IDLE
+            self._put_away(unit)
+
+    # ------------------------------------------------------------------------------------------------- prefetch
+
+    def _prefetch(self, unit: Unit, forward: bool) -> None:
+        if unit is self._root and not forward:
+            return  # the pass ends with it: predictions start at the last block
+        for candidate in self._predicted(unit, forward):
+            if candidate.state is ShardedState.UNSHARDED:
+                continue
+            candidate.unshard(self.step)
+
+    def _predicted(self, unit: Unit, forward: bool) -> list[Unit]:
+        """The units that are used next and fit the budgets, nearest first."""
+        order = self._order if forward else self._order[::-1]
+        if unit not in order:
+            return []
+        following = [u for u in order[order.index(unit) + 1 :] if u is not self._root]
+        if self._budgets.prefetch is None:
+            following = following[:1]
+        ahead, live, chosen = 0, self._live(), []
+        for candidate in following:
+            ahead += candidate.numel_sharded
+            if candidate.state is not ShardedState.UNSHARDED:
+                live += candidate.numel_sharded
+            if self._budgets.prefetch is not None and ahead > self._budgets.prefetch:
+                break
+            if self._budgets.max_live is not None and live > self._budgets.max_live:
+                break
+            chosen.append(candidate)
+        return chosen
+
+    def _live(self) -> int:
+        return sum(
+            unit.numel_sharded for unit in self._units if unit.is_sharded and unit.state is ShardedState.UNSHARDED
+        )
+
+    # ------------------------------------------------------------------------------------------------------ end
+
+    def reshard_all(self) -> None:
+        """Everything home: the pass is over, or was given up."""
+        for unit in self._units:
+            unit.training_state = TrainingState.IDLE
+            unit.forwards_in_graph = 0
+            self._put_away(unit)
