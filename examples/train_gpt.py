@@ -118,6 +118,7 @@ def run(options: Options, screen: Screen) -> None:
     reported_step, reported_at = 0, time.perf_counter()
     with screen.training(options.steps):
         for step in range(1, options.steps + 1):
+            learning_rate = engine.get_lr()[0]  # of this step; engine.step() moves the schedule on
             for _ in range(engine.gradient_accumulation_steps()):
                 loss = engine(**to_device(next(endless_batches), engine.device)).loss
                 engine.backward(loss)
@@ -132,7 +133,7 @@ def run(options: Options, screen: Screen) -> None:
                         step=step,
                         loss=mean_loss,
                         gradient_norm=engine.get_global_grad_norm(),
-                        learning_rate=engine.get_lr()[0],
+                        learning_rate=learning_rate,
                         tokens_per_second=(step - reported_step) * tokens_per_step / seconds,
                         held_bytes=engine.memory_report().total_bytes,
                     )

@@ -125,7 +125,7 @@ class Layout:
             yield Span(at, self.numel)
 
     def runs(self, span: Span, max_numel: int) -> Iterator[tuple[int, Span]]:
-        """Cut ``span`` into ``(group, run)``: neighbours of one optimizer group joined, then at most ``max_numel`` long.
+        """Cut ``span`` into ``(group, run)``: neighbours of one optimizer group joined, at most ``max_numel`` long.
 
         A run may cover the alignment gaps between its parameters (zeros stay zeros under an elementwise optimizer),
         never the padding behind the last one, and never a parameter without a group.

@@ -40,7 +40,7 @@ def in_backward() -> bool:
 
 def queue_end_of_backward(callback: Callable[[], None]) -> None:
     """Run ``callback`` once when the backward pass that calls this has computed every gradient."""
-    Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    Variable._execution_engine.queue_callback(callback)
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:

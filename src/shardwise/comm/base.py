@@ -193,7 +193,7 @@ class Communicator(ABC):
     ) -> Pending:
         """``shard`` [my slice] = (or += if ``accumulate``) the mean over ranks of my slice of ``buffer`` [N].
 
-        ``buffer`` comes from ``allocate`` or ``borrow``; once the result was waited for it may be given back, and it may
+        ``buffer`` comes from ``allocate`` or ``borrow``; once the result was waited for it may be given back, and may
         be written again after ``settle`` or the next ``exchange``. ``shard`` may be my slice of ``buffer``.
         """
         self._announce(identity)

@@ -292,7 +292,7 @@ class Native(Communicator):
 
 
 class AllReduceNative(Native):
-    """Gradients averaged by all-reduce, as ``reduce_scatter: false`` asks: twice the traffic, for backends that lack more."""
+    """Gradients averaged by all-reduce, as ``reduce_scatter: false`` asks: twice the traffic of a reduce-scatter."""
 
     def _reduce_scatter(
         self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts, shard: torch.Tensor, accumulate: bool

@@ -1,15 +1,15 @@
 """Ranks on one host without a GPU: each rank reads what it needs out of the others' memory.
 
-Every rank owns one anonymous memory file (``memfd``). Its first pages are a *control row* that only the owner writes and
-all others map; behind it lie the buffers that collectives read from. Nobody pushes: a gather copies the owners' shards,
-a reduction reads my slice of everybody's gradients, chunk by chunk, while the sum is in cache. One copy by the kernel
+Every rank owns one anonymous memory file (``memfd``). Its first pages are a *control row* that only the owner writes
+and all others map; behind it lie the buffers that collectives read from. Nobody pushes: a gather copies the owners'
+shards, a reduction reads my slice of everybody's gradients, chunk by chunk, while the sum is in cache. One copy by the kernel
 replaces a trip through the network stack, and no thread works beside the two that compute.
 
 What keeps readers and writers apart:
 
-- *resting shards*: the owner writes them only between ``exchange`` (every rank has finished its backward pass, so nobody
-  reads any more) and ``publish`` (a counter that readers wait for). A gather is therefore one-sided: ranks that take
-  different branches each read what they need, and are right.
+- *resting shards*: the owner writes them only between ``exchange`` (every rank has finished its backward pass, so
+  nobody reads any more) and ``publish`` (a counter that readers wait for). A gather is therefore one-sided: ranks that
+  take different branches each read what they need, and are right.
 - *gradient buffers*: the owner *deposits* a buffer (identity and offset into a ring, then a counter); readers check the
   identity against their own, read, and count what they *consumed*; a buffer is lent again when all have consumed it.
 
@@ -360,9 +360,11 @@ class SharedMemory(Communicator):
 
     def _finish_reductions(self, through: int) -> None:
         while self._reducing and self._reducing[0].index <= through:
-            first = self._reducing[0]
-            self._wait_for(first.identity, lambda peer: peer.words[_DEPOSITED] > first.index)
+            self._wait_deposited(self._reducing[0])
             self._finish_one()
+
+    def _wait_deposited(self, reduction: _Reduce) -> None:
+        self._wait_for(reduction.identity, lambda peer: peer.words[_DEPOSITED] > reduction.index)
 
     def _finish_one(self) -> None:
         """Sum my slice of the oldest deposit: chunk by chunk in rank order, then count it as consumed."""

@@ -51,7 +51,7 @@ def _facts() -> list[tuple[str, str]]:
         facts.append(("CUDA", "not in this build of torch"))
     else:
         facts.append(("CUDA", torch.version.cuda))
-        nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        nccl = torch.cuda.nccl.version()
         facts.append(("NCCL", ".".join(map(str, nccl))))
     for index in range(machine.num_gpus):
         gpu = torch.cuda.get_device_properties(index)

@@ -62,8 +62,8 @@ def measure_optimizer(optimizer: torch.optim.Optimizer | None, stage: int) -> Op
     if STAGES[stage].parameter and not traits.elementwise:
         raise ConfigError(
             f"{type(optimizer).__name__} gives other results on slices of a matrix than on the whole one, and stage "
-            f"{stage} cuts every matrix over the ranks. Use stage 1 or 2, where each matrix is stepped whole on the rank "
-            "that owns it, or an elementwise optimizer such as AdamW."
+            f"{stage} cuts every matrix over the ranks. Use stage 1 or 2, where each matrix is stepped whole on the "
+            "rank that owns it, or an elementwise optimizer such as AdamW."
         )
     return traits
 
@@ -80,8 +80,8 @@ def optimizer_groups(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
         for parameter in group["params"]:
             if id(parameter) not in known:
                 raise ConfigError(
-                    f"the optimizer's group {number} holds {describe(parameter)} that is not in the model. Expected only "
-                    "parameters of the model that is passed: build the optimizer over model.parameters()."
+                    f"the optimizer's group {number} holds {describe(parameter)} that is not in the model. Expected "
+                    "only parameters of the model that is passed: build the optimizer over model.parameters()."
                 )
             groups[parameter] = number
     return groups

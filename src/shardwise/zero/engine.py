@@ -78,7 +78,7 @@ class Engine(nn.Module):
         self._schedule = Schedule(units, units[0], budgets, prefetches=comm.overlaps)
         self._watch_units()
         self._state_dict_guard = module.register_state_dict_pre_hook(self._refuse_sharded_state_dict)
-        self._owners = {
+        self._owners: dict[torch.Tensor, tuple[Unit, int, int]] = {
             parameter: (unit, number, slot)
             for unit in units
             for number, segment in enumerate(unit.segments)
@@ -178,16 +178,17 @@ class Engine(nn.Module):
         Returns:
             The loss as it was differentiated, without the loss scale.
 
-        ``loss.backward()`` does the same without the division; in fp16 it is scaled on its way through the model's outputs.
+        ``loss.backward()`` does the same without the division; in fp16 it is scaled on its way through the model's
+        outputs.
         """
         self._check_open()
         if scale_wrt_gas and self.gradient_accumulation_steps() > 1:
             loss = loss / self.gradient_accumulation_steps()
-        self.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        self.scale(loss).backward(retain_graph=retain_graph)
         return loss.detach()
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """``loss`` times the loss scale, for a ``backward()`` of one's own; the model's outputs scale no second time."""
+        """``loss`` times the loss scale, for a ``backward()`` of one's own; outputs then scale no second time."""
         if self._scaler.scale == 1.0:
             return loss
         self._boundary.scaled_already = True
@@ -374,10 +375,10 @@ class Engine(nn.Module):
             self._schedule.pinned = False
             self._schedule.reshard_all()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped model's state dict, whole, on the CPU of every rank. Collective; whole one unit at a time."""
         self._check_open()
-        values: dict[nn.Parameter, torch.Tensor] = {}
+        values: dict[torch.Tensor, torch.Tensor] = {}
         for unit in self._units:
             was_whole = not unit.is_sharded or unit.is_whole
             unit.unshard(self.global_steps)
@@ -389,12 +390,12 @@ class Engine(nn.Module):
                 unit.reshard()
         self._state_dict_guard.remove()
         try:
-            state = self.module.state_dict(*args, **{**kwargs, "keep_vars": True})
+            state: dict[str, Any] = self.module.state_dict(*args, **{**kwargs, "keep_vars": True})
         finally:
             self._state_dict_guard = self.module.register_state_dict_pre_hook(self._refuse_sharded_state_dict)
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
-                state[name] = values[value] if value in values else value.detach().to("cpu", copy=True)  # type: ignore[index]
+                state[name] = values[value] if value in values else value.detach().to("cpu", copy=True)
         return state
 
     def _refuse_sharded_state_dict(self, *_: Any) -> None:
@@ -407,7 +408,7 @@ class Engine(nn.Module):
     # ------------------------------------------------------------------------------------------------------- end
 
     def close(self) -> None:
-        """Take the hooks off the model and free the optimizer's state and the transport; the engine is then of no use."""
+        """Take the hooks off the model, free the optimizer's state and the transport; the engine is then of no use."""
         if self._closed:
             return
         self._closed = True

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from shardwise.zero.engine import Engine
+
+class Steps(Protocol):
+    """What an engine does for its optimizer."""
+
+    def step(self) -> None:
+        """Step at the boundary."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients."""
 
 
 class EngineOptimizer(torch.optim.Optimizer):
@@ -17,7 +24,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     ``param_groups`` are the groups of the optimizer that was passed, so a learning rate may be set on either.
     """
 
-    def __init__(self, engine: Engine, inner: torch.optim.Optimizer) -> None:
+    def __init__(self, engine: Steps, inner: torch.optim.Optimizer) -> None:
         super().__init__([torch.empty(0)], dict(inner.defaults))
         self._engine = engine
         self.optimizer = inner

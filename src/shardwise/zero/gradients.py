@@ -1,8 +1,8 @@
 """Where the gradients of one flat buffer gather until they are reduced: two answers, one interface.
 
 ``ResidentGradients``  a whole buffer at all times: gradients of several backward passes add up and are reduced once.
-``TransientGradients``  only this rank's shard of the reduced gradient rests; a whole buffer is borrowed for one backward
-pass, from its first gradient to its reduction.
+``TransientGradients``  only this rank's shard of the reduced gradient rests; a whole buffer is borrowed for one
+backward pass, from its first gradient to its reduction.
 
 Both take each parameter's gradient as autograd produces it, and both can take more after a reduction: what is reduced
 already stays reduced, what comes later is added by the next reduction.
@@ -39,7 +39,7 @@ class GradientHome(Protocol):
         """Start adding the mean over ranks of what is unreduced (zeros where nothing came) to ``owned``."""
 
     def spread(self, identity: CollectiveId) -> Pending | None:
-        """Bring ``owned`` of all ranks into ``for_optimizer``; None where the optimizer needs no more than ``owned``."""
+        """Bring ``owned`` of all ranks into ``for_optimizer``; None where the optimizer steps ``owned`` alone."""
 
     def clear(self) -> None:
         """Forget all gradients: the step is done, or is given up."""

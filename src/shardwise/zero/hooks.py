@@ -1,7 +1,7 @@
 """The only place that knows autograd: it turns module calls and gradients into the moves of a step.
 
-- before a sharded unit's module runs: make it whole; mark its differentiable inputs, so that the end of its backward is seen
-- after it ran: mark its outputs, so that the beginning of its backward is seen; put it away
+- before a sharded unit's module runs: make it whole; mark its differentiable inputs: its backward ends there
+- after it ran: mark its outputs: its backward begins there; put it away
 - a gradient reached an output: make the unit whole for its backward
 - a parameter's gradient is complete: hand it to the unit, which may now be complete
 - gradients left through every marked input: the unit's backward is over, put it away
@@ -171,7 +171,7 @@ class Hooks:
         self._on_backward_end()
 
     def recover(self) -> None:
-        """A forward starts while a backward pass is open: that pass raised. Bring everything home, drop its gradients."""
+        """A forward starts while a backward pass is open: that pass raised. Bring all home, drop its gradients."""
         if not self.in_backward:
             return
         self.in_backward = False

@@ -50,7 +50,7 @@ def initialize(
     """Wrap ``model`` into an engine that shards its training states as ``config`` says. Collective.
 
     Args:
-        args: an object with ``deepspeed_config``, used where ``config`` is None (argparse's result, as DeepSpeed takes it).
+        args: an object with ``deepspeed_config``, used where ``config`` is None (what argparse returned, say).
         model: any module; its parameters become views into the engine's buffers. Rank 0's values are used on all ranks.
         optimizer: a torch optimizer over the model's parameters, or a callable that builds one from parameters. None:
             the one that the configuration describes, else none: the engine then only runs the model, until

@@ -10,12 +10,11 @@ A parameter that got no gradient on any rank is left out of the step, as plain t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from shardwise.errors import ConfigError, StateError
 from shardwise.layout import NO_GROUP, Layout, Span
@@ -57,7 +56,7 @@ class ShardedOptimizer:
     ) -> None:
         if inner.state:
             raise ConfigError(
-                f"{type(inner).__name__} holds state of {len(inner.state)} parameters already. Expected a new optimizer: "
+                f"{type(inner).__name__} holds state of {len(inner.state)} parameters already. Expected a new one: "
                 "pass it before its first step."
             )
         self.inner = inner
@@ -150,7 +149,7 @@ class ShardedOptimizer:
 
     # --------------------------------------------------------------------------------------------------- groups
 
-    def adopt_new_groups(self, owners: dict[nn.Parameter, tuple[Unit, int, int]]) -> None:
+    def adopt_new_groups(self, owners: Mapping[torch.Tensor, tuple[Unit, int, int]]) -> None:
         """Take in groups that the user added after construction.
 
         Args:
@@ -180,8 +179,8 @@ class ShardedOptimizer:
         slot = segment.layout.slots[slot_index]
         if segment.gradients is None:
             raise ConfigError(
-                f"parameter {slot.name!r} of the added group {group} was frozen when the engine was built, so it has no "
-                "room for gradients. Expected a parameter that was trainable then: initialize again."
+                f"parameter {slot.name!r} of the added group {group} was frozen when the engine was built, so it has "
+                "no room for gradients. Expected a parameter that was trainable then: initialize again."
             )
         if slot.group != NO_GROUP:
             raise ConfigError(f"parameter {slot.name!r} of the added group {group} is in group {slot.group} already.")

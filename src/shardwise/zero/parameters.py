@@ -25,7 +25,7 @@ class ParameterHome(Protocol):
     """The parameters of one flat buffer."""
 
     layout: Layout
-    parameters: Sequence[nn.Parameter]
+    parameters: list[nn.Parameter]
     """The user's own objects, in the order of the slots."""
     full: torch.Tensor
     """[N] in the compute dtype; its storage may be empty while sharded."""

@@ -7,7 +7,7 @@ nothing else.
 Budgets, in elements of whole parameters, with the meaning that DeepSpeed documents for its keys:
 
 ``prefetch``        gathered ahead of use at most (``stage3_prefetch_bucket_size``); None: one unit ahead
-``max_live``        whole at one time at most; ends prefetching, never the unit that runs (``stage3_max_live_parameters``)
+``max_live``        whole at one time at most; ends prefetching, not the unit that runs (``stage3_max_live_parameters``)
 ``reuse_distance``  a unit that is used again within so many elements stays whole (``stage3_max_reuse_distance``);
                     None: only the unit that backward starts with
 """

@@ -75,8 +75,10 @@ def state_bytes(
 
     A parameter that computes in its master's dtype is its own master. One that computes in 16 bits has a separate
     master, which counts as optimizer state; where the parameter is sharded the master alone rests and is cast on its
-    way. Frozen parameters have neither gradient nor master; without an optimizer there are no gradients. (With W ranks and Adam's two moments this gives, a parameter,
-    in fp32 16, 8 + 8/W, 4 + 12/W and 16/W bytes at stages 0 to 3, and in 16 bits 18, 6 + 12/W, 2 + 16/W and 16/W.)
+    way. Frozen parameters have neither gradient nor master; without an optimizer there are no gradients.
+
+    With W ranks and Adam's two moments this gives, in bytes a parameter, at stages 0 to 3: in fp32 16, 8 + 8/W,
+    4 + 12/W, 16/W; in 16 bits 18, 6 + 12/W, 2 + 16/W, 16/W.
     """
     whole, shard = layout.numel, layout.shard(rank).numel
     separate_master = trainable and compute_itemsize != master_itemsize

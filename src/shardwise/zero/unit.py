@@ -76,10 +76,12 @@ def build_segment(
     """
     dtype = precision.of_parameter(parameters[0])
     span = comm.my_span(layout.cuts) if sharding.optimizer else layout.whole
-    home = ShardedParameters if sharding.parameter else ResidentParameters
+    build: type[ShardedParameters | ResidentParameters]
+    build = ShardedParameters if sharding.parameter else ResidentParameters
+    home: ParameterHome = build(comm, layout, parameters, dtype, span)
     names = tuple(slot.name for slot in layout.slots)
     trainable = parameters[0].requires_grad
-    return Segment(layout, names, dtype, trainable, sharding, home(comm, layout, parameters, dtype, span))
+    return Segment(layout, names, dtype, trainable, sharding, home)
 
 
 def with_gradients(comm: Communicator, segment: Segment, precision: Precision, contiguous: bool) -> Segment:
