@@ -120,7 +120,7 @@ def _memory_table(size: str, result: SizeResult) -> Table:
     table = Table(
         title=f"{_heading(size, result)}, peak MiB of the fullest rank",
         title_justify="left",
-        caption="Above what the process held before the model. PSS divides a page that ranks share; RSS does not.",
+        caption="PSS divides the pages that ranks share; RSS does not.",
     )
     table.add_column("contender")
     for column in ("training, PSS", "training, RSS", "whole run, PSS", "whole run, RSS"):

@@ -28,7 +28,7 @@ def run_in_world(world_size: int, threads: int, function: Callable[..., Result],
     os.environ["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryDirectory() as folder:
         rank_arguments = (world_size, threads, _free_port(), folder, function, arguments)
-        spawn(_run_rank, rank_arguments, nprocs=world_size)  # type: ignore[no-untyped-call]
+        spawn(_run_rank, rank_arguments, nprocs=world_size)
         # Written by our own ranks a moment ago: nothing foreign is unpickled.
         return [pickle.loads((Path(folder) / f"{rank}").read_bytes()) for rank in range(world_size)]
 

@@ -114,6 +114,8 @@ class Screen:
         table.add_column("saved", footer=_saved(sum(held), sum(plain)), justify="right")
         for name, ours, theirs in zip(("parameters", "gradients", "optimizer (Adam)"), held, plain, strict=True):
             table.add_row(name, _megabytes(theirs), _megabytes(ours), _saved(ours, theirs))
+        if precision != "fp32" and stage == 3:
+            table.caption = "Stage 3 keeps no half-precision copy at rest: its parameters are the fp32 masters."
         self._console.print(table)
 
 

@@ -9,6 +9,7 @@ not about training: options, text, model shapes, screen, and the folder that is 
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -219,6 +220,8 @@ def repeat(batches: Iterable[Batch]) -> Iterator[Batch]:
 def main() -> int:
     """Run the recipe; a mistake of the user's is one line, Ctrl-C a clean end."""
     transformers.logging.set_verbosity_error()
+    if not is_main_process():
+        logging.getLogger("shardwise").setLevel(logging.ERROR)  # one process's warnings are enough
     screen = Screen(is_main=is_main_process())
     try:
         run(read_options(sys.argv[1:]), screen)

@@ -24,7 +24,7 @@ class TorchTrainer:
     def step(self, tokens: Tensor) -> Tensor:
         """One step as torch's tutorials write it."""
         loss: Tensor = self._model(tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
         return loss.detach()

@@ -2,8 +2,8 @@
 
 Every rank owns one anonymous memory file (``memfd``). Its first pages are a *control row* that only the owner writes
 and all others map; behind it lie the buffers that collectives read from. Nobody pushes: a gather copies the owners'
-shards, a reduction reads my slice of everybody's gradients, chunk by chunk, while the sum is in cache. One copy by the kernel
-replaces a trip through the network stack, and no thread works beside the two that compute.
+shards, a reduction reads my slice of everybody's gradients, chunk by chunk, while the sum is in cache. One copy by the
+kernel replaces a trip through the network stack, and no thread works beside the two that compute.
 
 What keeps readers and writers apart:
 
