@@ -24,8 +24,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# Libraries below us set these for themselves the first time that they compile; they are not ours to police.
+# What libraries below us set up for themselves the first time that they compile is not ours to police.
 FOREIGN_ENVIRONMENT_PREFIXES = ("TORCHINDUCTOR_", "TRITON_", "KINETO_", "PYTEST_")
+FOREIGN_THREADS = ("tqdm_monitor",)
+NAMED_SEMAPHORE = "/dev/shm/sem."  # a lock of a library (tqdm's), not memory
 PR_SET_PDEATHSIG = 1
 
 
@@ -95,7 +97,7 @@ class Census:
                 f"{thread.name} ({thread.ident})"
                 for thread in threading.enumerate()
                 # autograd's own native threads show up as dummies once Python code has run in them
-                if not isinstance(thread, threading._DummyThread)
+                if not isinstance(thread, threading._DummyThread) and thread.name not in FOREIGN_THREADS
             ),
             environment=frozenset(
                 (name, value) for name, value in os.environ.items() if not name.startswith(FOREIGN_ENVIRONMENT_PREFIXES)
@@ -140,7 +142,7 @@ def _shared_memory() -> frozenset[str]:
 
 
 def _is_in_memory(path: str) -> bool:
-    return "/dev/shm/" in path or "/memfd:" in path
+    return ("/dev/shm/" in path and NAMED_SEMAPHORE not in path) or "/memfd:" in path
 
 
 def serve(connection: Connection, settings: RankSettings) -> None:
