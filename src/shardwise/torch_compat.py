@@ -6,7 +6,7 @@ Tested with torch 2.11 to 2.13. Everything else in shardwise uses public, stable
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +41,22 @@ def in_backward() -> bool:
 def queue_end_of_backward(callback: Callable[[], None]) -> None:
     """Run ``callback`` once when the backward pass that calls this has computed every gradient."""
     Variable._execution_engine.queue_callback(callback)
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor that ``tensor`` is a view of, or None."""
+    base: torch.Tensor | None = tensor._base
+    return base
+
+
+def norms(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The 2-norm of each tensor, in one call."""
+    return torch._foreach_norm(list(tensors))
+
+
+def multiply(tensors: Sequence[torch.Tensor], factor: float) -> None:
+    """Multiply each tensor in place, in one call."""
+    torch._foreach_mul_(list(tensors), factor)
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:

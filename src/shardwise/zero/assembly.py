@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,10 +13,10 @@ from shardwise.config import EngineConfig
 from shardwise.errors import ConfigError
 from shardwise.layout import NO_GROUP, Layout, Slot, even_layout, whole_parameter_layout
 from shardwise.optim.probe import OptimizerTraits, probe_optimizer
-from shardwise.precision import DynamicLossScaler, LossScaler, Precision, StaticLossScaler
+from shardwise.precision import DynamicLossScaler, LossScaler, Precision, StaticLossScaler, master_dtype
 from shardwise.zero.optimizer import describe
 from shardwise.zero.sharding import STAGES, Sharding
-from shardwise.zero.unit import Unit, build_segment, with_gradients
+from shardwise.zero.unit import Segment, Unit, build_segment, with_gradients
 from shardwise.zero.wrap import UnitPlan, plan_units
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -28,6 +28,9 @@ class Blueprint:
 
     slots: tuple[Slot, ...]
     parameters: dict[str, nn.Parameter]
+    dtype: torch.dtype
+    """The dtype that they compute in."""
+    trainable: bool
     sharding: Sharding
 
 
@@ -54,15 +57,22 @@ def choose_loss_scaler(config: EngineConfig) -> LossScaler:
     )
 
 
-def measure_optimizer(optimizer: torch.optim.Optimizer | None, stage: int) -> OptimizerTraits:
+def is_local(buffers: Iterable[Blueprint | Segment], world: int) -> bool:
+    """Whether nothing travels and every trainable parameter is its own master: torch alone can step it."""
+    return world == 1 and all(master_dtype(b.dtype) == b.dtype for b in buffers if b.trainable)
+
+
+def measure_optimizer(
+    optimizer: torch.optim.Optimizer | None, buffers: Sequence[Blueprint | Segment], world: int
+) -> OptimizerTraits:
     """What the optimizer allows; refuses one that needs whole matrices where parameters are sharded."""
-    if optimizer is None:
+    if optimizer is None or is_local(buffers, world):
         return OptimizerTraits(elementwise=True, streamable=True)
     traits = probe_optimizer(optimizer)
-    if STAGES[stage].parameter and not traits.elementwise:
+    if not traits.elementwise and any(buffer.sharding.parameter for buffer in buffers):
         raise ConfigError(
-            f"{type(optimizer).__name__} gives other results on slices of a matrix than on the whole one, and stage "
-            f"{stage} cuts every matrix over the ranks. Use stage 1 or 2, where each matrix is stepped whole on the "
+            f"{type(optimizer).__name__} gives other results on slices of a matrix than on the whole one, and stage 3 "
+            "cuts every matrix over the ranks. Use stage 1 or 2, where each matrix is stepped whole on the "
             "rank that owns it, or an elementwise optimizer such as AdamW."
         )
     return traits
@@ -115,12 +125,13 @@ def plan_blueprints(
             key = (precision.of_parameter(parameter), parameter.requires_grad, parameter.numel() < threshold)
             buffers.setdefault(key, {})[name] = parameter
         blueprints = []
-        for (_, trainable, persistent), parameters in buffers.items():
+        for (dtype, trainable, persistent), parameters in buffers.items():
             slots = tuple(
                 Slot(name, tuple(p.shape), groups.get(p, NO_GROUP) if trainable else NO_GROUP)
                 for name, p in parameters.items()
             )
-            blueprints.append(Blueprint(slots, parameters, persistent_row if persistent else row))
+            sharding = persistent_row if persistent else row
+            blueprints.append(Blueprint(slots, parameters, dtype, trainable, sharding))
         planned.append((plan, blueprints))
     return planned
 

@@ -12,8 +12,7 @@ Everything that ranks do together is marked *collective*: call it on every rank.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,21 +20,20 @@ import torch
 from torch import nn
 
 from shardwise import torch_compat
-from shardwise.comm.base import CollectiveId, Communicator, Pending
+from shardwise.comm.base import Communicator
 from shardwise.config import BatchSizes, EngineConfig
 from shardwise.errors import ConfigError, StateError
 from shardwise.optim.probe import OptimizerTraits
 from shardwise.precision import LossScaler, Precision
-from shardwise.zero.agreement import agree, agree_unused
-from shardwise.zero.assembly import equip_with_gradients, measure_optimizer, optimizer_groups
+from shardwise.zero.assembly import equip_with_gradients, is_local, measure_optimizer, optimizer_groups
 from shardwise.zero.engine_optimizer import EngineOptimizer
 from shardwise.zero.hooks import Hooks, map_tensors
-from shardwise.zero.invariants import check_home, check_reduced
 from shardwise.zero.loss_scale import ScaleBoundary
 from shardwise.zero.memory import MemoryReport, report_memory
 from shardwise.zero.optimizer import CPU_RUN_NUMEL, ShardedOptimizer
 from shardwise.zero.reducer import Reducer
 from shardwise.zero.schedule import Budgets, Schedule
+from shardwise.zero.step import LocalStep, ShardedStep, Step
 from shardwise.zero.unit import Unit
 
 
@@ -65,7 +63,9 @@ class Engine(nn.Module):
         self.micro_steps = 0
         self.skipped_steps = 0
         self._units = units
-        self._optimizer: ShardedOptimizer | None = None
+        self._segments = [segment for unit in units for segment in unit.segments]
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._step: Step | None = None
         self._comm = comm
         self._batch_sizes = batch_sizes
         self._precision = precision
@@ -85,10 +85,9 @@ class Engine(nn.Module):
             for slot, parameter in enumerate(segment.parameters.parameters)
         }
         self._frozen = [parameter for parameter in self._owners if not parameter.requires_grad]
-        self._publications: list[Pending] = []
         self._forced_boundary: bool | None = None
         self._syncs = True
-        self._grad_norm = 0.0
+        self._grad_norm: float | None = 0.0
         self._step_was_applied = False
         self._closed = False
         comm.publish()
@@ -126,30 +125,48 @@ class Engine(nn.Module):
         self._check_open()
         if self._optimizer is not None:
             raise ConfigError(
-                f"the engine has a {type(self._optimizer.inner).__name__} already. Expected one optimizer an engine: "
+                f"the engine has a {type(self._optimizer).__name__} already. Expected one optimizer an engine: "
                 "give it several parameter groups, or close the engine and initialize again."
             )
-        measured_late = traits is None
-        traits = traits or measure_optimizer(optimizer, self.zero_optimization_stage())
-        if measured_late and not traits.elementwise and self._comm.size > 1:
-            raise ConfigError(
-                f"{type(optimizer).__name__} needs whole matrices, but the engine's buffers are cut anywhere already. "
-                "Pass it to initialize()."
-            )
         groups = optimizer_groups(self.module, optimizer)
-        contiguous = self._config.zero_optimization.contiguous_gradients
-        equip_with_gradients(self._comm, self._units, groups, self._precision, contiguous)
-        sub_group = self._config.zero_optimization.sub_group_size
-        self._optimizer = ShardedOptimizer(
+        self._optimizer = optimizer
+        if is_local(self._segments, self._comm.size):
+            self._step = LocalStep(optimizer, list(self.module.parameters()), self._config.gradient_clipping)
+        else:
+            self._step = self._sharded_step(optimizer, groups, traits)
+        return EngineOptimizer(self, optimizer)
+
+    def _sharded_step(
+        self, optimizer: torch.optim.Optimizer, groups: dict[nn.Parameter, int], traits: OptimizerTraits | None
+    ) -> ShardedStep:
+        if traits is None:
+            traits = measure_optimizer(optimizer, self._segments, self._comm.size)
+            if not traits.elementwise:
+                raise ConfigError(
+                    f"{type(optimizer).__name__} needs whole matrices, but the engine's buffers are cut anywhere "
+                    "already. Pass it to initialize()."
+                )
+        zero = self._config.zero_optimization
+        equip_with_gradients(self._comm, self._units, groups, self._precision, zero.contiguous_gradients)
+        on_cpu = self.device.type == "cpu"
+        sharded = ShardedOptimizer(
             optimizer,
             traits,
             self._units,
-            max_run_numel=min(sub_group, CPU_RUN_NUMEL) if self.device.type == "cpu" else sub_group,
+            max_run_numel=min(zero.sub_group_size, CPU_RUN_NUMEL) if on_cpu else zero.sub_group_size,
             unit_by_unit=self._comm.overlaps,
         )
         self._hooks.remove()
         self._watch_units()
-        return EngineOptimizer(self, optimizer)
+        return ShardedStep(
+            self._comm,
+            self._units,
+            self._reducer,
+            sharded,
+            self._owners,
+            self._scaler,
+            self._config.gradient_clipping,
+        )
 
     # ----------------------------------------------------------------------------------------- forward, backward
 
@@ -160,6 +177,8 @@ class Engine(nn.Module):
             self._hooks.recover()
         if self._casts_inputs:
             args, kwargs = map_tensors(args, self._cast), map_tensors(kwargs, self._cast)
+        if self._step is not None:
+            self._step.begin_pass()
         output = self._boundary.wrap(self.module(*args, **kwargs))
         self._hooks.watch_outputs(output)
         return output
@@ -228,7 +247,7 @@ class Engine(nn.Module):
             lr_kwargs: passed to ``lr_scheduler.step``.
         """
         self._check_open()
-        if self._optimizer is None:
+        if self._step is None:
             raise StateError("step() was called, but the engine has no optimizer. Pass one to initialize().")
         if not self._syncs:
             raise StateError(
@@ -236,87 +255,31 @@ class Engine(nn.Module):
             )
         boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
-        if boundary:
-            self._take_step(self._optimizer, lr_kwargs or {})
-
-    def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
-        step = self.global_steps
-        if optimizer.has_new_groups:
-            optimizer.adopt_new_groups(self._owners)
-        check_home(self._units, f"before step {step}")
+        if not boundary:
+            return
         self._check_frozen()
-        units = self._reducer.units
-        agreed = agree(self._comm, units, self._reducer.observed_order, step)
-        if agreed.same_order:
-            self._reducer.adopt_observed_order()
-        if agreed.unreduced:
-            self._reducer.reduce_now([units[i] for i in agreed.unreduced], step)
-            agreed = agree(self._comm, units, (), step)
-        check_reduced(units, f"at step {step}")
-        self._grad_norm = math.sqrt(agreed.sum_of_squares) / self._scaler.scale
-        overflow = self._scaler.skips_overflows and not math.isfinite(self._grad_norm)
-        if overflow:
-            self.skipped_steps += 1
-        else:
-            unused = agree_unused(self._comm, units, step) if agreed.any_unused else frozenset()
-            self._spread_and_scale_gradients(self._gradient_factor())
-            optimizer.step(unused, self._publisher())
-            self._finish_publication()
-        self._step_was_applied = not overflow
-        self._scaler.update(overflow)
-        for unit in units:
-            unit.clear_gradients()
+        outcome = self._step.take(self.global_steps)
+        self._grad_norm = outcome.grad_norm
+        self._step_was_applied = outcome.applied
+        self.skipped_steps += not outcome.applied
         self.global_steps += 1
         self._schedule.step = self.global_steps
-        if not overflow and self.lr_scheduler is not None:
-            self.lr_scheduler.step(**lr_kwargs)
-
-    def _gradient_factor(self) -> float:
-        """Undo the loss scale and clip by the global norm, in one factor (the rule of ``clip_grad_norm_``)."""
-        factor = 1.0 / self._scaler.scale
-        if self._config.gradient_clipping > 0:
-            factor *= min(1.0, self._config.gradient_clipping / (self._grad_norm + 1e-6))
-        return factor
-
-    def _spread_and_scale_gradients(self, factor: float) -> None:
-        self._comm.publish()
-        pending = [p for unit in self._reducer.units for p in unit.spread_gradients(self.global_steps)]
-        for gather in pending:
-            gather.wait()
-        if pending:
-            # Nobody may fill the buffer anew while another rank still reads my slice of it.
-            self._comm.exchange(CollectiveId("end of the gradients' gather", "", self.global_steps), b"")
-        if factor != 1.0:
-            for unit in self._reducer.units:
-                for _, gradients in unit.trainable:
-                    gradients.for_optimizer.mul_(factor)
-
-    def _publisher(self) -> Callable[[list[Unit]], None]:
-        """Transports that work beside compute carry each unit's new values while the next is stepped."""
-
-        def publish(units: list[Unit]) -> None:
-            for unit in units:
-                self._publications += unit.publish(self.global_steps)
-
-        return publish
-
-    def _finish_publication(self) -> None:
-        self._comm.publish()
-        for pending in self._publications:
-            pending.wait()
-        self._publications = []
+        if outcome.applied and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this step, also after a pass that raised (then call it on every rank)."""
         self._hooks.recover()
-        for unit in self._units:
-            unit.clear_gradients()
+        if self._step is not None:
+            self._step.clear_gradients()
 
     # -------------------------------------------------------------------------------------------------- questions
 
     def get_global_grad_norm(self) -> float:
-        """Norm of the averaged gradient of the last step, before clipping."""
-        return self._grad_norm
+        """Norm of the averaged gradient of the last step, before clipping; 0 before the first one."""
+        if self._grad_norm is None and self._step is not None:
+            self._grad_norm = self._step.norm_of_last()
+        return self._grad_norm or 0.0
 
     def was_step_applied(self) -> bool:
         """Whether the last step changed the parameters; False after an fp16 overflow."""
@@ -350,12 +313,12 @@ class Engine(nn.Module):
 
     def get_lr(self) -> list[float]:
         """Learning rate of each optimizer group."""
-        groups = self._optimizer.inner.param_groups if self._optimizer is not None else []
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
         return [float(group["lr"]) for group in groups]
 
     def memory_report(self) -> MemoryReport:
         """Bytes that this rank holds now."""
-        return report_memory(self._comm, self._units, self._optimizer)
+        return report_memory(self._comm, self._units, self._step)
 
     # -------------------------------------------------------------------------------------------- whole parameters
 
@@ -414,8 +377,8 @@ class Engine(nn.Module):
         self._closed = True
         self._hooks.remove()
         self._state_dict_guard.remove()
-        if self._optimizer is not None:
-            self._optimizer.close()
+        if self._step is not None:
+            self._step.close()
         self._comm.close()
 
     destroy = close

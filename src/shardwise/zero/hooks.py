@@ -151,17 +151,23 @@ class Hooks:
         for number, (segment, _) in enumerate(unit.trainable):
             for slot, name in enumerate(segment.names):
                 local = name if unit is self._root else name.removeprefix(unit.name + ".")
-                hook = partial(self._take_gradient, unit, number, slot)
+                hook = self._gradient_hook(unit, number, slot)
                 self._handles.append(parameters[local].register_post_accumulate_grad_hook(hook))
 
-    def _take_gradient(self, unit: Unit, segment: int, slot: int, parameter: torch.Tensor) -> None:
-        self._begin_backward()
-        gradient = parameter.grad
-        parameter.grad = None
-        assert gradient is not None  # autograd calls this hook right after it accumulated
-        complete = unit.take_gradient(segment, slot, gradient, keep=not self._reducing)
-        if complete and self._reducing:
-            self._reducer.complete(unit, self._schedule.step)
+    def _gradient_hook(self, unit: Unit, segment: int, slot: int) -> Callable[[torch.Tensor], None]:
+        """Runs once a parameter and pass, right after autograd accumulated: what it needs is bound beforehand."""
+        take = unit.take_gradient
+
+        def hook(parameter: torch.Tensor) -> None:
+            if not self.in_backward:
+                self._begin_backward()
+            gradient = parameter.grad
+            parameter.grad = None
+            assert gradient is not None
+            if take(segment, slot, gradient, not self._reducing) and self._reducing:
+                self._reducer.complete(unit, self._schedule.step)
+
+        return hook
 
     def _end_of_backward(self) -> None:
         self._schedule.reshard_all()
@@ -219,7 +225,7 @@ def _mark_outputs(output: Any, hook: Callable[[torch.Tensor], None]) -> bool:
         marked = True
         tensor.register_hook(hook)
         # Who changes a view in place cuts it off from its hook: gradients then go to its base.
-        base = tensor._base
+        base = torch_compat.base_of(tensor)
         if base is not None and base.grad_fn is not None:
             base.grad_fn.register_prehook(partial(_call_with_first, hook))
     return marked

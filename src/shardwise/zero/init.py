@@ -85,10 +85,11 @@ def initialize(
     zero = settings.zero_optimization
 
     built = _build_optimizer(model, optimizer, model_parameters, settings)
-    traits = measure_optimizer(built, zero.stage)
     groups = optimizer_groups(model, built)
     precision = choose_precision(settings)
     planned = plan_blueprints(model, groups, precision, settings, mesh.dp_shard.size)
+    buffers = [blueprint for _, blueprints in planned for blueprint in blueprints]
+    traits = measure_optimizer(built, buffers, mesh.dp_shard.size)
 
     comm = build_communicator(
         mesh,

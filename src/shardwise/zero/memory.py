@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from shardwise.comm.base import Communicator
 from shardwise.precision import master_dtype
-from shardwise.zero.optimizer import ShardedOptimizer
 from shardwise.zero.sharding import StateBytes, state_bytes, sum_bytes
+from shardwise.zero.step import Step
 from shardwise.zero.unit import Unit
 
 
@@ -53,7 +53,7 @@ class MemoryReport:
         return "\n".join(f"{name:<14}{size:>16,d} B {size / per_parameter:>8.2f} B/parameter" for name, size in rows)
 
 
-def report_memory(comm: Communicator, units: Sequence[Unit], optimizer: ShardedOptimizer | None) -> MemoryReport:
+def report_memory(comm: Communicator, units: Sequence[Unit], step: Step | None) -> MemoryReport:
     """Count what is allocated, and compute what should be."""
     segments = [segment for unit in units for segment in unit.segments]
     counted = [segment.resting_bytes() for segment in segments]
@@ -69,12 +69,13 @@ def report_memory(comm: Communicator, units: Sequence[Unit], optimizer: ShardedO
         )
         for segment in segments
     )
-    state = optimizer.state_bytes() if optimizer is not None else 0
-    if optimizer is not None:
-        predicted += StateBytes(0, 0, optimizer.predicted_state_bytes())
+    local_gradients = step.local_gradient_bytes() if step is not None else 0
+    state = step.state_bytes() if step is not None else 0
+    predicted_state = step.predicted_state_bytes() if step is not None else 0
+    predicted += StateBytes(0, local_gradients, predicted_state)
     return MemoryReport(
         parameters_bytes=sum(parameters for parameters, _, _ in counted),
-        gradients_bytes=sum(gradients for _, gradients, _ in counted),
+        gradients_bytes=sum(gradients for _, gradients, _ in counted) + local_gradients,
         optimizer_bytes=sum(masters for _, _, masters in counted) + state,
         buffers_bytes=sum(unit.live_bytes() for unit in units) + comm.pooled_bytes(),
         predicted_bytes=predicted.total,

@@ -10,7 +10,7 @@ A parameter that got no gradient on any rank is left out of the step, as plain t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,8 +105,8 @@ class ShardedOptimizer:
 
     # ----------------------------------------------------------------------------------------------------- step
 
-    def step(self, unused: frozenset[str], after_batch: Callable[[list[Unit]], None]) -> None:
-        """Step everything but the parameters named in ``unused``; tell ``after_batch`` as groups of units are done."""
+    def step(self, unused: frozenset[str]) -> Iterator[list[Unit]]:
+        """Step everything but the parameters named in ``unused``; yields units as they are done."""
         if unused:
             self._split_runs(unused)
         self._stepping = True
@@ -116,7 +116,7 @@ class ShardedOptimizer:
                 self._point_groups(used)
                 if used:
                     self.inner.step()
-                after_batch(batch)
+                yield batch
         finally:
             self._stepping = False
             self._point_groups(run for runs in self._runs.values() for run in runs)

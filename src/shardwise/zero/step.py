@@ -1,0 +1,245 @@
+"""The end of a training step, in its phases: average what is left, agree, clip, step, publish.
+
+``ShardedStep`` is the step of several ranks, and of masters that are apart from their parameters. ``LocalStep`` is that
+of one rank whose parameters are their own masters: nothing travels and nothing is cut, so gradients stay where autograd
+leaves them and the user's optimizer steps its own tensors. It costs what the bare loop costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from shardwise import torch_compat
+from shardwise.comm.base import CollectiveId, Communicator, Pending
+from shardwise.precision import LossScaler
+from shardwise.zero.agreement import agree, agree_unused
+from shardwise.zero.invariants import check_home, check_reduced
+from shardwise.zero.optimizer import ShardedOptimizer
+from shardwise.zero.reducer import Reducer
+from shardwise.zero.unit import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step did."""
+
+    applied: bool
+    """False: a gradient was not finite and the step was skipped."""
+    grad_norm: float | None
+    """Norm of the averaged gradient before clipping; None where nobody needed it yet."""
+
+
+class Step(Protocol):
+    """Ends a training step."""
+
+    def take(self, step: int) -> Outcome:
+        """Turn the gradients since the last step into new parameters. Collective."""
+
+    def begin_pass(self) -> None:
+        """The model is about to run."""
+
+    def norm_of_last(self) -> float:
+        """Norm of the gradient of the last step, where ``take`` did not compute it."""
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients since the last step."""
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's own tensors on this rank, 0 before the first step."""
+
+    def predicted_state_bytes(self) -> int:
+        """The same by arithmetic."""
+
+    def local_gradient_bytes(self) -> int:
+        """Bytes of gradients that are in no unit's buffer."""
+
+    def close(self) -> None:
+        """Let the optimizer go."""
+
+
+def clip_coefficient(grad_norm: float, max_norm: float) -> float:
+    """What gradients are multiplied by, with the rule of ``torch.nn.utils.clip_grad_norm_``; 0 is no clipping."""
+    coefficient = max_norm / (grad_norm + 1e-6) if max_norm > 0 else 1.0
+    # A norm that is NaN gives NaN: broken gradients must not pass for clipped ones.
+    return 1.0 if coefficient >= 1.0 else coefficient
+
+
+class ShardedStep:
+    """The step of ranks that each own a shard."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        units: Sequence[Unit],
+        reducer: Reducer,
+        optimizer: ShardedOptimizer,
+        owners: Mapping[torch.Tensor, tuple[Unit, int, int]],
+        scaler: LossScaler,
+        max_norm: float,
+    ) -> None:
+        self._comm = comm
+        self._all_units = units
+        self._units = reducer.units
+        self._reducer = reducer
+        self._optimizer = optimizer
+        self._owners = owners
+        self._scaler = scaler
+        self._max_norm = max_norm
+
+    def take(self, step: int) -> Outcome:
+        """See the module's text."""
+        if self._optimizer.has_new_groups:
+            self._optimizer.adopt_new_groups(self._owners)
+        check_home(self._all_units, f"before step {step}")
+        agreed = agree(self._comm, self._units, self._reducer.observed_order, step)
+        if agreed.same_order:
+            self._reducer.adopt_observed_order()
+        if agreed.unreduced:
+            self._reducer.reduce_now([self._units[i] for i in agreed.unreduced], step)
+            agreed = agree(self._comm, self._units, (), step)
+        check_reduced(self._units, f"at step {step}")
+        grad_norm = math.sqrt(agreed.sum_of_squares) / self._scaler.scale
+        overflow = self._scaler.skips_overflows and not math.isfinite(grad_norm)
+        if not overflow:
+            unused = agree_unused(self._comm, self._units, step) if agreed.any_unused else frozenset()
+            self._spread_gradients(step)
+            self._multiply_gradients(clip_coefficient(grad_norm, self._max_norm) / self._scaler.scale)
+            self._step_and_publish(unused, step)
+        self._scaler.update(overflow)
+        self.clear_gradients()
+        return Outcome(applied=not overflow, grad_norm=grad_norm)
+
+    def _spread_gradients(self, step: int) -> None:
+        """Where a rank's optimizer steps more than its shard: fetch what the other ranks averaged."""
+        self._comm.publish()
+        pending = [gather for unit in self._units for gather in unit.spread_gradients(step)]
+        for gather in pending:
+            gather.wait()
+        if pending:
+            # Nobody may fill the buffer anew while another rank still reads my slice of it.
+            self._comm.exchange(CollectiveId("end of the gradients' gather", "", step), b"")
+
+    def _multiply_gradients(self, factor: float) -> None:
+        if factor != 1.0:
+            for unit in self._units:
+                for _, gradients in unit.trainable:
+                    gradients.for_optimizer.mul_(factor)
+
+    def _step_and_publish(self, unused: frozenset[str], step: int) -> None:
+        """Transports that work beside compute carry a unit's new values while the next unit is stepped."""
+        publications: list[Pending] = []
+        for batch in self._optimizer.step(unused):
+            publications += [pending for unit in batch for pending in unit.publish(step)]
+        self._comm.publish()
+        for publication in publications:
+            publication.wait()
+
+    def begin_pass(self) -> None:
+        """Gradients live in the units."""
+
+    def norm_of_last(self) -> float:
+        """``take`` always computes it."""
+        return 0.0
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients since the last step."""
+        for unit in self._units:
+            unit.clear_gradients()
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's own tensors."""
+        return self._optimizer.state_bytes()
+
+    def predicted_state_bytes(self) -> int:
+        """The same by arithmetic."""
+        return self._optimizer.predicted_state_bytes()
+
+    def local_gradient_bytes(self) -> int:
+        """All gradients are in units."""
+        return 0
+
+    def close(self) -> None:
+        """Let the optimizer go."""
+        self._optimizer.close()
+
+
+class LocalStep:
+    """The step of one rank alone: the user's optimizer over the user's parameters."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> None:
+        self._optimizer = optimizer
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._max_norm = max_norm
+        self._last_gradients: list[torch.Tensor] = []
+
+    def take(self, step: int) -> Outcome:
+        """Clip if asked to, and step. A parameter without a gradient is left out, as torch does."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        grad_norm = None
+        if self._max_norm > 0:
+            grad_norm = _norm(gradients)
+            coefficient = clip_coefficient(grad_norm, self._max_norm)
+            if coefficient != 1.0 and gradients:
+                torch_compat.multiply(gradients, coefficient)
+        self._optimizer.step()
+        self.clear_gradients()
+        # Kept until the next gradients come, in case somebody asks for their norm.
+        self._last_gradients = gradients
+        return Outcome(applied=True, grad_norm=grad_norm)
+
+    def norm_of_last(self) -> float:
+        """Of the gradients that the last step used."""
+        return _norm(self._last_gradients)
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients since the last step."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def begin_pass(self) -> None:
+        """The next pass begins: the last step's gradients make room."""
+        self._last_gradients = []
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's own tensors."""
+        return sum(
+            value.nbytes
+            for parameter, state in self._optimizer.state.items()
+            for key, value in state.items()
+            if _is_elementwise(key, value, parameter)
+        )
+
+    def predicted_state_bytes(self) -> int:
+        """The same by arithmetic."""
+        per_element = max(
+            (sum(_is_elementwise(v, p) for v in state.values()) for p, state in self._optimizer.state.items()),
+            default=0,
+        )
+        return per_element * sum(parameter.nbytes for parameter in self._parameters)
+
+    def local_gradient_bytes(self) -> int:
+        """Gradients as autograd made them."""
+        held = [*self._last_gradients, *(p.grad for p in self._parameters if p.grad is not None)]
+        return sum(gradient.nbytes for gradient in held)
+
+    def close(self) -> None:
+        """Let the gradients go."""
+        self._last_gradients = []
+        self.clear_gradients()
+
+
+def _is_elementwise(key: str, value: object, parameter: torch.Tensor) -> bool:
+    """Whether an entry of the optimizer's state has a number for each of the parameter's; "step" is one for all."""
+    return key != "step" and isinstance(value, torch.Tensor) and value.shape == parameter.shape
+
+
+def _norm(gradients: Sequence[torch.Tensor]) -> float:
+    if not gradients:
+        return 0.0
+    return math.sqrt(float(torch.stack(torch_compat.norms(gradients)).double().square().sum()))
