@@ -218,7 +218,10 @@ class LocalStep:
     def predicted_state_bytes(self) -> int:
         """The same by arithmetic."""
         per_element = max(
-            (sum(_is_elementwise(v, p) for v in state.values()) for p, state in self._optimizer.state.items()),
+            (
+                sum(_is_elementwise(key, value, parameter) for key, value in state.items())
+                for parameter, state in self._optimizer.state.items()
+            ),
             default=0,
         )
         return per_element * sum(parameter.nbytes for parameter in self._parameters)
