@@ -25,7 +25,7 @@ import select
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -207,6 +207,7 @@ class SharedMemory(Communicator):
         self._chunk = max(1, min(CHUNK, buckets.reduce_numel // axis.size))
         self._reducing: deque[_Reduce] = deque()
         self._last_deposit: dict[int, int] = {}  # address of a buffer -> its latest deposit
+        self._num_buffers: Counter[tuple[int, torch.dtype]] = Counter()
         self._scratch: dict[tuple[torch.dtype, int], torch.Tensor] = {}
 
     @classmethod
@@ -233,12 +234,16 @@ class SharedMemory(Communicator):
         return self._segment.allocate(numel, dtype)
 
     def borrow(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer that every rank has finished reading; waits for one rather than taking a third of its size."""
+        """A buffer that every rank has finished reading; waits for one rather than taking a third of its size.
+
+        Units that wait for their turn in the reduction may hold more: then there is nothing to wait for.
+        """
         free = self._free.get((numel, dtype), [])
         for position, buffer in enumerate(free):
             if self._consumed_by_all(self._last_deposit.get(buffer.data_ptr(), -1)):
                 return free.pop(position)
-        if len(free) < 2:
+        if not free or self._num_buffers[numel, dtype] < 2:
+            self._num_buffers[numel, dtype] += 1
             return self._new_buffer(numel, dtype)
         self._wait_consumed(self._last_deposit[free[0].data_ptr()], CollectiveId("reuse of a gradient buffer", "", 0))
         return free.pop(0)

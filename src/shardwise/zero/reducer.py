@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from shardwise.comm.base import Pending
 from shardwise.zero.unit import Unit
 
-MAX_IN_FLIGHT = 2
-"""Units whose gradient buffers may travel at once: one on its way while the next is filled."""
+MAX_IN_FLIGHT = 1
+"""Units whose gradient buffers may travel while the next one is filled."""
 
 
 class Reducer:
