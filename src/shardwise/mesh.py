@@ -100,16 +100,16 @@ def build_mesh(device: str | torch.device | None = None, timeout: timedelta = DE
         return Mesh(chosen, Axis("dp_shard", 0, 1, None, None, timeout))
     group = dist.group.WORLD
     assert group is not None  # initialised just above
-    control = group if chosen.type == "cpu" else _control_group(timeout)
+    control = group if chosen.type == "cpu" else _control_group(group, timeout)
     return Mesh(chosen, Axis("dp_shard", dist.get_rank(), dist.get_world_size(), group, control, timeout))
 
 
-_control: ProcessGroup | None = None
+_control_groups: dict[ProcessGroup, ProcessGroup] = {}
 
 
-def _control_group(timeout: timedelta) -> ProcessGroup:
-    """One gloo group a process for host bytes beside NCCL: groups are never freed, so engines share it."""
-    global _control
-    if _control is None:
-        _control = dist.new_group(backend="gloo", timeout=timeout)
-    return _control
+def _control_group(world: ProcessGroup, timeout: timedelta) -> ProcessGroup:
+    """The gloo group for host bytes beside ``world``'s NCCL; made once, for groups live as long as the process."""
+    if world not in _control_groups:
+        _control_groups.clear()  # a former world was destroyed, and its groups with it
+        _control_groups[world] = dist.new_group(backend="gloo", timeout=timeout)
+    return _control_groups[world]

@@ -12,15 +12,15 @@ Everything that ranks do together is marked *collective*: call it on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from shardwise import torch_compat
-from shardwise.comm.base import Communicator
+from shardwise.comm.base import CollectiveId, Communicator
 from shardwise.config import BatchSizes, EngineConfig
 from shardwise.errors import ConfigError, StateError
 from shardwise.optim.probe import OptimizerTraits
@@ -35,6 +35,13 @@ from shardwise.zero.reducer import Reducer
 from shardwise.zero.schedule import Budgets, Schedule
 from shardwise.zero.step import LocalStep, ShardedStep, Step
 from shardwise.zero.unit import Unit
+
+
+class IncompatibleKeys(NamedTuple):
+    """Names that a load did not find, and names that it did not want."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 class Engine(nn.Module):
@@ -351,15 +358,63 @@ class Engine(nn.Module):
                     values[parameter] = parameter.detach().to("cpu", copy=True)
             if not was_whole:
                 unit.reshard()
+        state = self._references(*args, **kwargs)
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                state[name] = values[value] if value in values else value.detach().to("cpu", copy=True)
+        return state
+
+    def _references(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The wrapped model's state dict with its own parameters and buffers as values."""
         self._state_dict_guard.remove()
         try:
             state: dict[str, Any] = self.module.state_dict(*args, **{**kwargs, "keep_vars": True})
         finally:
             self._state_dict_guard = self.module.register_state_dict_pre_hook(self._refuse_sharded_state_dict)
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                state[name] = values[value] if value in values else value.detach().to("cpu", copy=True)
         return state
+
+    @torch.no_grad()
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> IncompatibleKeys:
+        """Replace parameters and buffers by those of a whole state dict; masters too. Collective.
+
+        Args:
+            state_dict: the same on every rank; names as in ``state_dict()``.
+            strict: names that are missing or too many are an error.
+            assign: refused, since the engine's buffers keep their places.
+
+        Returns:
+            Missing and unexpected names, as ``nn.Module.load_state_dict``.
+
+        Raises:
+            ConfigError: names or shapes do not fit; nothing was changed then.
+        """
+        self._check_open()
+        own = self._references()
+        missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        wrong = [
+            f"{name!r} has shape {tuple(state_dict[name].shape)}, expected {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in state_dict and isinstance(value, torch.Tensor) and state_dict[name].shape != value.shape
+        ]
+        if assign or wrong or (strict and (missing or unexpected)):
+            faults = [f"missing: {missing}"] * bool(missing) + [f"unexpected: {unexpected}"] * bool(unexpected) + wrong
+            raise ConfigError(
+                "the state dict was not loaded: "
+                + ("; ".join(faults) or "assign=True would replace the engine's buffers")
+                + ". Pass the state dict of the same model; strict=False ignores missing and unexpected names."
+            )
+        self._comm.exchange(CollectiveId("begin of a load", "", self.global_steps), b"")
+        for name, value in own.items():
+            if name in state_dict and value in self._owners:
+                unit, number, slot = self._owners[value]
+                unit.segments[number].parameters.load(slot, state_dict[name])
+            elif name in state_dict and isinstance(value, torch.Tensor):
+                value.copy_(state_dict[name])
+        self._comm.publish()
+        self._comm.exchange(CollectiveId("end of a load", "", self.global_steps), b"")
+        return IncompatibleKeys(missing, unexpected)
 
     def _refuse_sharded_state_dict(self, *_: Any) -> None:
         if any(unit.is_sharded and not unit.is_whole for unit in self._units):
@@ -388,6 +443,15 @@ class Engine(nn.Module):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        """Names that the engine lacks are looked up on the wrapped model, as with DeepSpeed's engine."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
 
     def _check_open(self) -> None:
         if self._closed:

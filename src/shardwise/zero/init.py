@@ -42,7 +42,7 @@ def initialize(
     training_data: Dataset[Any] | None = None,
     lr_scheduler: SchedulerLike | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
-    config: str | Path | Mapping[str, Any] | None = None,
+    config: str | Path | Mapping[str, Any] | EngineConfig | None = None,
     *,
     device: str | torch.device | None = None,
     timeout: timedelta = DEFAULT_TIMEOUT,
@@ -60,7 +60,7 @@ def initialize(
         lr_scheduler: a scheduler that ``engine.step`` advances, or a callable that builds one from the optimizer. None:
             the one that the configuration describes, else none.
         collate_fn: for the loader.
-        config: a DeepSpeed configuration: path, mapping, or base64 string of JSON.
+        config: a DeepSpeed configuration: path, mapping, base64 string of JSON, or what ``load_config`` made of one.
         device: "cpu" or "cuda"; default: what the machine has.
         timeout: how long ranks wait for each other.
 
@@ -78,7 +78,7 @@ def initialize(
         raise ConfigError("initialize() got an engine as model. Use engine.attach_optimizer() to give it an optimizer.")
     if config is None:
         config = getattr(args, "deepspeed_config", None)
-    settings = load_config(config)
+    settings = config if isinstance(config, EngineConfig) else load_config(config)
     init_distributed(timeout=timeout, device=device)
     mesh = build_mesh(device, timeout)
     batch_sizes = settings.resolve_batch(mesh.dp_shard.size)

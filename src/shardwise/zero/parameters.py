@@ -46,6 +46,9 @@ class ParameterHome(Protocol):
     def publish(self, identity: CollectiveId) -> Pending:
         """Bring the stepped masters to every rank that holds the whole buffer."""
 
+    def load(self, slot: int, value: torch.Tensor) -> None:
+        """Replace a parameter's value, given whole; on all ranks, while nobody reads."""
+
     def resting_tensors(self) -> list[torch.Tensor]:
         """What is allocated while nothing is unsharded, the master first if it is separate."""
 
@@ -108,6 +111,12 @@ class ResidentParameters:
         # The readers of shared memory wait for the owners' signal, which comes after the last narrowing of all buffers.
         return self._comm.all_gather_in_place(identity, self.full, self.layout.cuts)
 
+    def load(self, slot: int, value: torch.Tensor) -> None:
+        """Into the whole buffer, and into the masters what this rank owns of it."""
+        self.parameters[slot].data.copy_(value)
+        if self._separate:
+            _load_owned(self.layout, slot, value, self.master_span, self.master)
+
     def resting_tensors(self) -> list[torch.Tensor]:
         """The whole buffer, and the masters if they are separate."""
         return [self.master, self.full] if self._separate else [self.full]
@@ -168,9 +177,21 @@ class ShardedParameters:
         """The next gather reads the masters themselves."""
         return Done()
 
+    def load(self, slot: int, value: torch.Tensor) -> None:
+        """Into the shard, what this rank owns of it."""
+        _load_owned(self.layout, slot, value, self.master_span, self.shard)
+
     def resting_tensors(self) -> list[torch.Tensor]:
         """The shard."""
         return [self.shard]
+
+
+def _load_owned(layout: Layout, slot: int, value: torch.Tensor, span: Span, target: torch.Tensor) -> None:
+    """Copy the part of a parameter's whole ``value`` that lies in ``span`` into ``target`` [span]."""
+    owned = layout.slots[slot].span.intersect(span)
+    if owned.numel:
+        source, place = owned.shift(-layout.slots[slot].offset), owned.shift(-span.begin)
+        target[place.begin : place.end].copy_(value.reshape(-1)[source.begin : source.end])
 
 
 def _guard(view: torch.Tensor) -> torch.Tensor:
