@@ -50,7 +50,8 @@ class CollectiveId:
     step: int
 
     def __str__(self) -> str:
-        return f"{self.operation} of unit {self.unit!r} at step {self.step}"
+        of_unit = f" of unit {self.unit!r}" if self.unit else ""
+        return f"{self.operation}{of_unit} at step {self.step}"
 
 
 class Pending(Protocol):
@@ -226,7 +227,7 @@ class Communicator(ABC):
         """Wait until no rank reads my gradient buffers any more."""
 
     def realign(self) -> None:  # noqa: B027  (messages in flight cannot be taken back: there a mismatch is an error)
-        """After a backward pass that was given up on every rank: forget reductions that not all ranks started."""
+        """A backward pass was given up on every rank: forget what not all ranks started, and end what is still lent."""
 
     def close(self) -> None:
         """Free what the transport holds."""

@@ -182,10 +182,10 @@ class Hooks:
             return
         self.in_backward = False
         self._reducer.abandon()
-        self._comm.realign()
         self._schedule.reshard_all()
         for unit in self._units:
             unit.clear_gradients()
+        self._comm.realign()
 
 
 class _InputMarker:
