@@ -10,7 +10,9 @@ class Fp16Config(Block):
     """Train in fp16 with a loss scale and fp32 master weights."""
 
     enabled: Annotated[bool, Acts("parameters compute and travel in fp16, masters stay fp32")] = False
-    auto_cast: Annotated[bool, Acts("cast floating inputs of the model to fp16")] = False
+    auto_cast: Annotated[
+        bool | None, Acts("false leaves floating inputs of the model as they are; else they are cast to fp16")
+    ] = None
     loss_scale: Annotated[
         NonNegative, Acts("0 is a dynamic scale, any other number a static one", auto="0, the dynamic scale")
     ] = 0.0

@@ -66,10 +66,11 @@ class ZeroConfig(Block):
         Stage, Acts("sharded over ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters")
     ] = 0
     reduce_bucket_size: Annotated[
-        PositiveCount, Acts("most elements that one reduction carries, beyond a single unit", auto="500,000,000")
+        PositiveCount,
+        Acts("most elements that are reduced at a time; a larger unit takes several rounds", auto="500,000,000"),
     ] = 500_000_000
     allgather_bucket_size: Annotated[
-        PositiveCount, Acts("most elements that one all-gather of stepped parameters carries", auto="500,000,000")
+        PositiveCount, Acts("most elements of stepped parameters that are gathered at a time", auto="500,000,000")
     ] = 500_000_000
     overlap_comm: Annotated[
         bool | None,
@@ -99,11 +100,14 @@ class ZeroConfig(Block):
     ] = None
     stage3_max_reuse_distance: Annotated[
         Count | None,
-        Acts("a unit used again within this many elements stays gathered; null is never", auto="never"),
+        Acts(
+            "a unit used again within this many elements stays gathered; null is only the last unit of forward",
+            auto="the last unit of forward",
+        ),
         Alias("max_reuse_distance"),
     ] = None
     sub_group_size: Annotated[
-        PositiveCount, Acts("most elements that one call of the optimizer steps", auto="1,000,000,000")
+        PositiveCount, Acts("most elements of one tensor that the optimizer steps", auto="1,000,000,000")
     ] = 1_000_000_000
     zero_leaf_modules: Annotated[Names, Acts("class names, as leaf_module.classes")] = ()
     leaf_module: LeafModuleConfig = Field(default_factory=LeafModuleConfig)

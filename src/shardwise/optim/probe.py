@@ -20,6 +20,7 @@ from shardwise.errors import ConfigError
 _MATRICES = ((6, 8), (5, 3), (4, 4))
 _MIXED = ((6, 8), (5, 3), (7,))
 _STEPS = 3
+_RATE = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +34,39 @@ class OptimizerTraits:
 
 
 def probe_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
-    """Measure the traits of ``optimizer`` on the CPU, with its own hyper-parameters; it is not changed.
+    """Measure the traits of ``optimizer`` on the CPU, with the hyper-parameters of each of its groups.
+
+    The optimizer itself is not changed.
 
     Raises:
         ConfigError: it cannot be stepped on other tensors than its own (it needs a closure, or keeps them elsewhere).
     """
-    only_matrices = all(p.dim() >= 2 for group in optimizer.param_groups for p in group["params"])
-    shapes = _MATRICES if only_matrices else _MIXED
-    whole = [_tensor(index, shape) for index, shape in enumerate(shapes)]
+    traits = [_probe_group(optimizer, group) for group in _distinct_groups(optimizer)]
+    return OptimizerTraits(all(t.elementwise for t in traits), all(t.streamable for t in traits))
+
+
+def _distinct_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Groups that differ in more than their parameters and rate; they may even follow different rules."""
+    distinct: dict[str, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        only_matrices = all(parameter.dim() >= 2 for parameter in group["params"])
+        rest = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+        distinct.setdefault(f"{only_matrices} {rest}", group)
+    return list(distinct.values())
+
+
+def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> OptimizerTraits:
+    only_matrices = all(parameter.dim() >= 2 for parameter in group["params"])
+    whole = [_tensor(index, shape) for index, shape in enumerate(_MATRICES if only_matrices else _MIXED)]
     try:
-        reference = _run(optimizer, whole, [[0, 1, 2]])
+        reference = _run(optimizer, group, whole, [[0, 1, 2]])
     except Exception as error:
         raise _cannot_move(optimizer, f"stepping a copy of it raised {type(error).__name__}: {error}") from error
     if all(torch.equal(before, after) for before, after in zip(whole, reference, strict=True)):
         raise _cannot_move(optimizer, "stepping a copy of it changed nothing")
-    streamable = _equal(reference, _try(optimizer, whole, [[0], [1, 2]]))
+    streamable = _equal(reference, _try(optimizer, group, whole, [[0], [1, 2]]))
     flat = torch.cat([tensor.reshape(-1) for tensor in whole])
-    sliced = _try(optimizer, [flat[:13], flat[13:50], flat[50:]], [[0, 1, 2]])
+    sliced = _try(optimizer, group, [flat[:13], flat[13:50], flat[50:]], [[0, 1, 2]])
     elementwise = sliced is not None and torch.equal(
         torch.cat(sliced), torch.cat([tensor.reshape(-1) for tensor in reference])
     )
@@ -57,19 +74,23 @@ def probe_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
 
 
 def _clone_over(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: Sequence[torch.Tensor]
 ) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
-    """A copy of ``optimizer`` with one group, of the first group's hyper-parameters, over other tensors."""
-    clone = copy.copy(optimizer)
-    group = {**optimizer.param_groups[0], "params": list(parameters)}
-    for key, value in group.items():
+    """A copy of ``optimizer``, with all its attributes, over other tensors in one group like ``group``."""
+    # Not copy.copy: a torch optimizer pickles its groups and state only, and loses what else a subclass keeps.
+    clone = object.__new__(type(optimizer))
+    clone.__dict__.update({name: copy.copy(value) for name, value in optimizer.__dict__.items()})
+    cloned = {**group, "params": list(parameters)}
+    for key, value in cloned.items():
         if isinstance(value, torch.Tensor):
-            group[key] = value.detach().cpu().clone()
-    if group.get("capturable"):
-        group["capturable"] = False  # it exists for CUDA tensors only and does not change the rule
-    clone.param_groups = [group]
+            cloned[key] = value.detach().cpu().clone()
+    # A rate that a schedule has lowered to nothing would hide every difference.
+    cloned["lr"] = torch.tensor(_RATE) if isinstance(group.get("lr"), torch.Tensor) else _RATE
+    if cloned.get("capturable"):
+        cloned["capturable"] = False  # it exists for CUDA tensors only and does not change the rule
+    clone.param_groups = [cloned]
     clone.state = defaultdict(dict)
-    return clone, group
+    return clone, cloned
 
 
 def _tensor(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -84,29 +105,33 @@ def _gradient(numel: int, step: int) -> torch.Tensor:
 
 
 def _run(
-    optimizer: torch.optim.Optimizer, values: Sequence[torch.Tensor], calls: Sequence[Sequence[int]]
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    values: Sequence[torch.Tensor],
+    calls: Sequence[Sequence[int]],
 ) -> list[torch.Tensor]:
     """Step copies of ``values``; each step makes one optimizer call per list of indices in ``calls``."""
     parameters = [torch.nn.Parameter(value.clone()) for value in values]
-    clone, group = _clone_over(optimizer, parameters)
-    if not isinstance(group.get("lr"), torch.Tensor) and group.get("lr", 1.0) == 0:
-        group["lr"] = 1e-2  # a schedule that warms up from zero would hide every difference
+    clone, cloned = _clone_over(optimizer, group, parameters)
     for step in range(_STEPS):
         gradients = _gradient(sum(p.numel() for p in parameters), step).split([p.numel() for p in parameters])
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone().view_as(parameter)
         for call in calls:
-            group["params"] = [parameters[index] for index in call]
+            cloned["params"] = [parameters[index] for index in call]
             clone.step()
     return [parameter.detach() for parameter in parameters]
 
 
 def _try(
-    optimizer: torch.optim.Optimizer, values: Sequence[torch.Tensor], calls: Sequence[Sequence[int]]
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    values: Sequence[torch.Tensor],
+    calls: Sequence[Sequence[int]],
 ) -> list[torch.Tensor] | None:
     """``_run``, or None where the optimizer refuses tensors that are cut (Muon takes matrices only)."""
     try:
-        return _run(optimizer, values, calls)
+        return _run(optimizer, group, values, calls)
     except Exception:
         return None
 

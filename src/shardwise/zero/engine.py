@@ -12,6 +12,7 @@ Everything that ranks do together is marked *collective*: call it on every rank.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ from shardwise.zero.reducer import Reducer
 from shardwise.zero.schedule import Budgets, Schedule
 from shardwise.zero.step import LocalStep, ShardedStep, Step
 from shardwise.zero.unit import Unit
+
+logger = logging.getLogger(__name__)
 
 
 class IncompatibleKeys(NamedTuple):
@@ -79,9 +82,7 @@ class Engine(nn.Module):
         self._scaler = loss_scaler
         self._boundary = ScaleBoundary(loss_scaler)
         self._config = config
-        # DeepSpeed casts inputs only where fp16.auto_cast says so; here its explicit false is what keeps them.
-        keeps_inputs = config.fp16.enabled and "auto_cast" in config.fp16.model_fields_set and not config.fp16.auto_cast
-        self._casts_inputs = precision.compute is not None and not keeps_inputs
+        self._casts_inputs = precision.compute is not None and config.fp16.auto_cast is not False
         self._schedule = Schedule(units, units[0], budgets, prefetches=comm.overlaps)
         self._watch_units()
         self._state_dict_guard = module.register_state_dict_pre_hook(self._refuse_sharded_state_dict)
@@ -273,6 +274,18 @@ class Engine(nn.Module):
         self._schedule.step = self.global_steps
         if outcome.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
+        self._log_progress()
+
+    def _log_progress(self) -> None:
+        every = self._config.steps_per_print
+        if every is not None and self.global_steps % every == 0 and self._comm.rank == 0:
+            logger.info(
+                "step %d: learning rates %s, skipped steps %d, loss scale %g",
+                self.global_steps,
+                self.get_lr(),
+                self.skipped_steps,
+                self._scaler.scale,
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this step, also after a pass that raised (then call it on every rank)."""

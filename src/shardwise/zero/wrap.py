@@ -3,7 +3,7 @@
 - Repeated blocks of one class (the children of a ``ModuleList`` or ``Sequential``) are units.
 - Modules of the classes that the user names are units; leaf classes (mixtures of experts, whose parts may run on some
   ranks only) are units and nothing inside them is one.
-- Large leaf modules that are left over (an untied output layer) are units of their own.
+- Large linear and embedding layers that are left over (an untied output layer) are units of their own.
 - What then remains belongs to the root, which is whole from the start of forward to the end of backward.
 - A parameter that several units would share belongs to their nearest common ancestor, since it must be whole whenever
   one of them runs.
@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,7 +20,13 @@ from torch import nn
 from shardwise.errors import ConfigError
 
 LARGE_LEAF_FRACTION = 0.5
-"""A leaf module that is left over becomes a unit if it has this share of the largest block's parameters."""
+"""A layer that is left over becomes a unit if it has this share of the largest block's parameters."""
+
+_LAYERS = (nn.Linear, nn.Embedding)
+"""Layers that are called to be used. Their subclasses may be mere holders of a weight, as attention's output layer."""
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Never called, so nothing would say when they are to be whole."""
 
 ROOT = "<root>"
 """Name of the unit of what is left over."""
@@ -57,7 +63,8 @@ def plan_units(
     leaves = _find_leaves(model, leaf_classes, leaf_names, leaf_name_suffixes)
     chosen = dict(leaves)
     if unit_classes:
-        chosen.update(_named_classes(model, unit_classes, "unit_classes"))
+        named = _named_classes(model, unit_classes, "unit_classes")
+        chosen.update((n, m) for n, m in named.items() if not any(_inside(n, leaf) for leaf in leaves))
     else:
         chosen.update(_repeated_blocks(model, leaves))
     chosen.pop("", None)
@@ -89,7 +96,17 @@ def _named_classes(model: nn.Module, classes: Collection[str], setting: str) -> 
             f"{setting} names {missing}, but the model has no module of such a class. "
             f"Its classes are {sorted(present)}."
         )
+    _refuse_containers(found, setting)
     return found
+
+
+def _refuse_containers(modules: Mapping[str, nn.Module], setting: str) -> None:
+    for name, module in modules.items():
+        if isinstance(module, _CONTAINERS):
+            raise ConfigError(
+                f"{setting} chooses {name!r}, a {type(module).__name__}: containers are never called, so a unit could "
+                "not know when to be whole. Name the class of the modules inside, or of the module around."
+            )
 
 
 def _find_leaves(
@@ -100,8 +117,10 @@ def _find_leaves(
     unknown = sorted(name for name in names if name not in modules)
     if unknown:
         raise ConfigError(f"leaf_module.names has {unknown}, but the model has no such modules.")
-    leaves.update({name: modules[name] for name in names})
-    leaves.update({name: module for name, module in modules.items() if suffixes and name.endswith(tuple(suffixes))})
+    by_name = {name: modules[name] for name in names}
+    by_name.update({name: module for name, module in modules.items() if suffixes and name.endswith(tuple(suffixes))})
+    _refuse_containers(by_name, "leaf_module")
+    leaves.update(by_name)
     return {
         name: module
         for name, module in leaves.items()
@@ -125,7 +144,7 @@ def _repeated_blocks(model: nn.Module, leaves: Collection[str]) -> dict[str, nn.
             repeated.update(type(child) for child in children.values() if _has_parameters(child))
         for name, child in children.items():
             is_block = repeated[type(child)] >= 2 and name not in leaves
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            if isinstance(child, (*_CONTAINERS, nn.Sequential)):
                 before = len(blocks)
                 visit(child, name)
                 is_block = is_block and isinstance(child, nn.Sequential) and len(blocks) == before
@@ -143,7 +162,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _large_leaves(model: nn.Module, chosen: Collection[str], owners: dict[nn.Parameter, str]) -> dict[str, nn.Module]:
-    """Leftover modules without children that are large beside the blocks, with parameters that nobody else uses."""
+    """Leftover layers that are large beside the blocks, with parameters that no other module uses."""
     sizes: Counter[str] = Counter()
     for parameter, owner in owners.items():
         sizes[owner] += parameter.numel()
@@ -151,8 +170,12 @@ def _large_leaves(model: nn.Module, chosen: Collection[str], owners: dict[nn.Par
     large = {}
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
-        is_leaf = name != "" and own and not any(True for _ in module.children())
-        if not is_leaf or largest_block == 0 or any(owners[parameter] != "" for parameter in own):
+        if (
+            name == ""
+            or type(module) not in _LAYERS
+            or largest_block == 0
+            or any(owners[parameter] != "" for parameter in own)
+        ):
             continue
         users = {id(user) for parameter in own for user in _users(model, parameter)}
         if users == {id(module)} and sum(p.numel() for p in own) >= LARGE_LEAF_FRACTION * largest_block:
