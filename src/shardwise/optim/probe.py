@@ -8,7 +8,7 @@ once cut, and compares the bits.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +79,10 @@ def _clone_over(
     """A copy of ``optimizer``, with all its attributes, over other tensors in one group like ``group``."""
     # Not copy.copy: a torch optimizer pickles its groups and state only, and loses what else a subclass keeps.
     clone = object.__new__(type(optimizer))
-    clone.__dict__.update({name: copy.copy(value) for name, value in optimizer.__dict__.items()})
+    for name, value in optimizer.__dict__.items():
+        # Schedulers put a counting step() on the instance, and hooks watch the real one: neither may notice.
+        if not hasattr(type(optimizer), name):
+            clone.__dict__[name] = OrderedDict() if name.endswith("_hooks") else copy.copy(value)
     cloned = {**group, "params": list(parameters)}
     for key, value in cloned.items():
         if isinstance(value, torch.Tensor):
