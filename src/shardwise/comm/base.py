@@ -123,6 +123,8 @@ class Communicator(ABC):
     """Whether a collective that was started goes on beside compute, so that starting it early pays."""
     one_sided_gathers = False
     """Whether ranks may gather different things at one time: the owners take no part."""
+    forgets = False
+    """Whether a reduction that was started may be dropped; messages that are on their way must be waited for."""
     check = False
     """Compare the identity of every collective across ranks before it starts, not only once a step."""
 

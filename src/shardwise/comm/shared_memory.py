@@ -110,6 +110,7 @@ class SharedMemory(Communicator):
 
     overlaps = False
     one_sided_gathers = True
+    forgets = True
 
     def __init__(self, axis: Axis, buckets: Buckets, file: MemoryFile, peers: list[Peer]) -> None:
         super().__init__(axis, torch.device("cpu"))

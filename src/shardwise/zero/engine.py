@@ -101,7 +101,9 @@ class Engine(nn.Module):
         comm.publish()
 
     def _watch_units(self) -> None:
-        self._reducer = Reducer(self._units, self._config.zero_optimization.overlap_comm is not False)
+        self._reducer = Reducer(
+            self._units, self._config.zero_optimization.overlap_comm is not False, self._comm.forgets
+        )
         self._reduces_every_backward = any(
             segment.sharding.reduces_every_backward for unit in self._units for segment, _ in unit.trainable
         )

@@ -18,9 +18,16 @@ MAX_IN_FLIGHT = 1
 
 
 class Reducer:
-    """Reduces units in an agreed order. ``overlap``: start a reduction without waiting for its end."""
+    """Reduces units in an agreed order.
 
-    def __init__(self, units: Iterable[Unit], overlap: bool) -> None:
+    Args:
+        units: all units.
+        overlap: start a reduction without waiting for its end.
+        forgets: the transport lets reductions be dropped.
+    """
+
+    def __init__(self, units: Iterable[Unit], overlap: bool, forgets: bool) -> None:
+        self._forgets = forgets
         self._units: list[Unit] = [unit for unit in units if unit.trainable]
         self._order: list[Unit] = self._units[::-1]
         self._overlap = overlap
@@ -85,6 +92,8 @@ class Reducer:
                 pending.wait()
 
     def abandon(self) -> None:
-        """A pass was given up: forget what travels and what waited."""
-        self._in_flight.clear()
+        """A pass was given up: forget what waited, and what travels or its result."""
+        if self._forgets:
+            self._in_flight.clear()
+        self._finish(keep=0)
         self.begin()
