@@ -33,9 +33,14 @@ def reduce_scatter_single(shard: torch.Tensor, buffer: torch.Tensor, group: Proc
     return work
 
 
+def current_backward() -> int:
+    """The autograd backward pass (graph task) that the calling thread runs in, -1 outside; nested ones differ."""
+    return torch._C._current_graph_task_id()
+
+
 def in_backward() -> bool:
-    """Whether the calling thread runs inside an autograd backward pass (a graph task)."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether the calling thread runs inside an autograd backward pass."""
+    return current_backward() != -1
 
 
 def queue_end_of_backward(callback: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tests import models
 from tests.references import Cadence, Recipe, Record, assert_near, assert_same, losses_of, train_alone
 
 STAGES = (0, 1, 2, 3)
+TIMEOUT = timedelta(seconds=30)
 Config = dict[str, Any]
 
 
@@ -51,7 +53,8 @@ def world_size() -> int:
 
 @contextmanager
 def open_engine(model: nn.Module, optimizer: Any, config: Config, **arguments: Any) -> Iterator[Any]:
-    """The engine of `shardwise.initialize`, closed at the end."""
+    """The engine of `shardwise.initialize`, closed at the end. A rank that waits in vain ends with an error, not a hang."""
+    arguments.setdefault("timeout", TIMEOUT)
     engine, _, _, _ = shardwise.initialize(model=model, optimizer=optimizer, config=config, **arguments)
     with engine:
         yield engine

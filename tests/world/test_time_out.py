@@ -21,11 +21,13 @@ STEPS_OF_RANK = {0: 4, 1: 2}
 
 def run_out_of_data(stage: int, transport: str, stay: bool) -> None:
     """Rank 1 has two batches, rank 0 four. `stay` keeps rank 1's engine open until rank 0 has given up."""
-    shardwise.init_distributed(timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    shardwise.init_distributed(timeout=timeout)
     store = dist.distributed_c10d._get_default_store()
     model = MLP.model()
     try:
-        with open_engine(model, MLP.optimizer(model), config_of(stage, shardwise={"transport": transport})) as engine:
+        config = config_of(stage, shardwise={"transport": transport})
+        with open_engine(model, MLP.optimizer(model), config, timeout=timeout) as engine:
             for step in range(STEPS_OF_RANK[rank()]):
                 engine.backward(MLP.loss(engine, MLP.batch(step, rank())))
                 engine.step()

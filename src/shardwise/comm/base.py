@@ -54,6 +54,24 @@ class CollectiveId:
         return f"{self.operation}{of_unit} at step {self.step}"
 
 
+LABEL_BYTES = 184
+"""Length of an identity where it travels."""
+
+
+def label(identity: CollectiveId) -> bytes:
+    """The identity as it stands in a control row: fixed length, padded with zeros."""
+    text = str(identity).encode()
+    if len(text) > LABEL_BYTES:
+        # Both ends of a long unit name tell more than its middle.
+        text = text[: LABEL_BYTES // 2] + text[-LABEL_BYTES // 2 :]
+    return text.ljust(LABEL_BYTES, b"\0")
+
+
+def text_of(label: bytes) -> str:
+    """What a label says; empty for none."""
+    return label.rstrip(b"\0").decode(errors="replace")
+
+
 class Pending(Protocol):
     """A collective under way."""
 
@@ -228,8 +246,9 @@ class Communicator(ABC):
     def settle(self) -> None:  # noqa: B027  (a waited collective is over everywhere on most transports)
         """Wait until no rank reads my gradient buffers any more."""
 
-    def realign(self) -> None:  # noqa: B027  (messages in flight cannot be taken back: there a mismatch is an error)
+    def realign(self) -> None:
         """A backward pass was given up on every rank: forget what not all ranks started, and end what is still lent."""
+        self.log.clear()
 
     def close(self) -> None:
         """Free what the transport holds."""

@@ -16,7 +16,7 @@ import threading
 import torch
 import torch.distributed as dist
 
-from shardwise.comm.base import CollectiveId
+from shardwise.comm.base import LABEL_BYTES
 from shardwise.errors import CollectiveError
 from shardwise.mesh import Axis
 
@@ -24,10 +24,9 @@ from shardwise.mesh import Axis
 _MAGIC, PUBLISHED, EXCHANGED, DEPOSITED, CONSUMED, CLOSED = range(6)
 _MAGIC_VALUE = 0x5348415244
 # Bytes of the control row behind the words: what this rank waits in, the ring of deposits, two exchange boxes.
-LABEL_BYTES = 184
 POSITION = 64
 RING = 256
-ENTRY_BYTES = 8 + LABEL_BYTES
+ENTRY_BYTES = 16 + LABEL_BYTES
 RING_START = POSITION + LABEL_BYTES
 BOX_PAYLOAD = 4096
 BOX_BYTES = LABEL_BYTES + 8 + BOX_PAYLOAD
@@ -42,20 +41,6 @@ def fence() -> None:
     """Order memory accesses before against those after: a lock's release and acquire do so on every processor."""
     with _fence_lock:
         pass
-
-
-def label(identity: CollectiveId) -> bytes:
-    """The identity as it stands in a control row: fixed length, padded with zeros."""
-    text = str(identity).encode()
-    if len(text) > LABEL_BYTES:
-        # Both ends of a long unit name tell more than its middle.
-        text = text[: LABEL_BYTES // 2] + text[-LABEL_BYTES // 2 :]
-    return text.ljust(LABEL_BYTES, b"\0")
-
-
-def text_of(label: bytes) -> str:
-    """What a label says; empty for none."""
-    return label.rstrip(b"\0").decode(errors="replace")
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup, Work
 
 from shardwise import torch_compat
 from shardwise.comm.base import (
+    LABEL_BYTES,
     Buckets,
     CollectiveId,
     Communicator,
@@ -20,14 +21,14 @@ from shardwise.comm.base import (
     InTurn,
     Pending,
     different_paths,
+    label,
     mean_into,
     rounds,
+    text_of,
 )
 from shardwise.errors import CollectiveError
 from shardwise.layout import Span
 from shardwise.mesh import Axis
-
-_HEADER_BYTES = 192
 
 
 class Mailbox:
@@ -51,9 +52,7 @@ class Mailbox:
         """Start sending ``outgoing[r]`` to rank r and receiving ``incoming[r]`` from it; None where nothing travels."""
         self._count += 1
         messages = _Messages(self, identity)
-        header = torch.frombuffer(
-            bytearray(str(identity).encode()[:_HEADER_BYTES].ljust(_HEADER_BYTES)), dtype=torch.uint8
-        )
+        header = torch.frombuffer(bytearray(label(identity)), dtype=torch.uint8)
         tag = self._count % (1 << 15) << 16
         for rank in range(self.size):
             if rank == self.rank:
@@ -98,7 +97,7 @@ class _Messages:
 
     def post_header(self, rank: int, header: torch.Tensor, tag: int) -> None:
         group = self._mailbox.group
-        received = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+        received = torch.empty(LABEL_BYTES, dtype=torch.uint8)
         self._headers.append((rank, received, dist.irecv(received, rank, group=group, tag=tag)))
         self._sent.append((dist.isend(header, rank, group=group, tag=tag), header))
 
@@ -112,9 +111,9 @@ class _Messages:
         """Headers first: a payload may never come where they differ."""
         for rank, received, work in self._headers:
             self._wait_one(work, rank)
-            text = received.numpy().tobytes().decode(errors="replace").rstrip()
-            if text != str(self._identity)[:_HEADER_BYTES]:
-                raise different_paths(self._mailbox.rank, str(self._identity), rank, text)
+            found = received.numpy().tobytes()
+            if found != label(self._identity):
+                raise different_paths(self._mailbox.rank, str(self._identity), rank, text_of(found))
         for work, rank in self._work:
             self._wait_one(work, rank)
         for work, _ in self._sent:

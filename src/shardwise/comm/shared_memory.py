@@ -27,7 +27,17 @@ from mmap import mmap
 
 import torch
 
-from shardwise.comm.base import Buckets, CollectiveId, Communicator, Cuts, Pending, different_paths
+from shardwise.comm.base import (
+    LABEL_BYTES,
+    Buckets,
+    CollectiveId,
+    Communicator,
+    Cuts,
+    Pending,
+    different_paths,
+    label,
+    text_of,
+)
 from shardwise.comm.memory_file import (
     BOX_BYTES,
     BOX_PAYLOAD,
@@ -37,7 +47,6 @@ from shardwise.comm.memory_file import (
     DEPOSITED,
     ENTRY_BYTES,
     EXCHANGED,
-    LABEL_BYTES,
     POSITION,
     PUBLISHED,
     RING,
@@ -47,8 +56,6 @@ from shardwise.comm.memory_file import (
     bytes_of,
     connect,
     fence,
-    label,
-    text_of,
 )
 from shardwise.errors import CollectiveError
 from shardwise.mesh import Axis
@@ -208,8 +215,8 @@ class SharedMemory(Communicator):
         if index >= RING:
             self._wait_consumed(index - RING, identity)
         entry = RING_START + index % RING * ENTRY_BYTES
-        self._file.control[entry : entry + 8] = self._file.offset(buffer).to_bytes(8, "little")
-        self._file.control[entry + 8 : entry + ENTRY_BYTES] = label(identity)
+        place = self._file.offset(buffer).to_bytes(8, "little") + buffer.nbytes.to_bytes(8, "little")
+        self._file.control[entry : entry + ENTRY_BYTES] = place + label(identity)
         self._last_deposit[buffer.data_ptr()] = index
         reduction = _Reduce(self, index, identity, buffer, cuts, shard, accumulate)
         self._reducing.append(reduction)
@@ -257,6 +264,7 @@ class SharedMemory(Communicator):
 
     def realign(self) -> None:
         """Count as if all had deposited and read as much as the rank that got furthest; loans are over."""
+        super().realign()
         self._reducing.clear()
         for buffer in list(self._lent.values()):
             self.give_back(buffer)
@@ -300,9 +308,15 @@ class SharedMemory(Communicator):
         itemsize = reduction.buffer.itemsize
         starts: dict[int, int] = {}
         for peer in self._peers:
-            found = peer.control[entry + 8 : entry + ENTRY_BYTES]
+            found = peer.control[entry + 16 : entry + ENTRY_BYTES]
             if found != expected:
                 self._raise_mismatch(reduction.identity, peer.rank, found)
+            num_bytes = int.from_bytes(peer.control[entry + 8 : entry + 16], "little")
+            if num_bytes != reduction.buffer.nbytes:
+                raise CollectiveError(
+                    f"in {reduction.identity} rank {peer.rank} has {num_bytes} bytes, rank {self.rank} has "
+                    f"{reduction.buffer.nbytes}. Build the same model on every rank."
+                )
             starts[peer.rank] = int.from_bytes(peer.control[entry : entry + 8], "little") + begin * itemsize
         mine = reduction.buffer[begin:end]
         for at in range(0, end - begin, self._chunk):

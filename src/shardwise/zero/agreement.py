@@ -14,7 +14,7 @@ import torch
 from shardwise.comm.base import CollectiveId, Communicator, different_paths
 from shardwise.zero.unit import Unit
 
-_HEAD = struct.Struct("<8s8sd?")
+_HEAD = struct.Struct("<8s8sd?q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +29,20 @@ class Agreement:
     """Whether some rank has a parameter without a gradient."""
     same_order: bool
     """Whether every rank completed all its units, in one order."""
+    num_passes: int | None
+    """Backward passes of this step, if all ranks had as many."""
 
 
-def agree(comm: Communicator, units: Sequence[Unit], observed_order: Sequence[int], step: int) -> Agreement:
+def agree(
+    comm: Communicator, units: Sequence[Unit], observed_order: Sequence[int], num_passes: int, step: int
+) -> Agreement:
     """Exchange and compare; also the barrier behind which no rank reads parameters or gradients of this step any more.
 
     Args:
         comm: the transport; its log must be the same on every rank.
         units: the units with trainable parameters.
         observed_order: the order in which this rank's units completed, empty if some did not.
+        num_passes: backward passes of this rank in this step.
         step: for messages.
 
     Raises:
@@ -45,7 +50,7 @@ def agree(comm: Communicator, units: Sequence[Unit], observed_order: Sequence[in
     """
     unreduced = bytes(unit.has_unreduced for unit in units)
     unused = not all(unit.all_used for unit in units)
-    head = _HEAD.pack(_digest(comm.log), _digest(observed_order), _sum_of_squares(units), unused)
+    head = _HEAD.pack(_digest(comm.log), _digest(observed_order), _sum_of_squares(units), unused, num_passes)
     heads, masks = [], []
     for payload in comm.exchange(CollectiveId("agreement", "", step), head + unreduced):
         heads.append(_HEAD.unpack_from(payload))
@@ -54,11 +59,13 @@ def agree(comm: Communicator, units: Sequence[Unit], observed_order: Sequence[in
         _raise_first_difference(comm, step)
     comm.log.clear()
     orders = {order for _, order, *_ in heads}
+    counts = {count for *_, count in heads}
     return Agreement(
-        sum_of_squares=math.fsum(squares for _, _, squares, _ in heads),
+        sum_of_squares=math.fsum(squares for _, _, squares, *_ in heads),
         unreduced=tuple(i for i in range(len(units)) if any(mask[i] for mask in masks)),
-        any_unused=any(flag for *_, flag in heads),
+        any_unused=any(flag for *_, flag, _ in heads),
         same_order=len(orders) == 1 and len(observed_order) > 0,
+        num_passes=counts.pop() if len(counts) == 1 else None,
     )
 
 

@@ -136,13 +136,23 @@ def plan_blueprints(
     return planned
 
 
-def check_same_model(comm: Communicator, planned: Sequence[tuple[UnitPlan, list[Blueprint]]], settings: str) -> None:
+def describe_optimizer(optimizer: torch.optim.Optimizer | None) -> list[str]:
+    """Class and settings, one line a group; equal for optimizers that step alike."""
+    if optimizer is None:
+        return ["no optimizer"]
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return [f"optimizer {type(optimizer).__name__}, group {i}: {group}" for i, group in enumerate(groups)]
+
+
+def check_same_model(
+    comm: Communicator, planned: Sequence[tuple[UnitPlan, list[Blueprint]]], settings: Sequence[str]
+) -> None:
     """Every rank must build the same buffers, or collectives would mix them.
 
     Raises:
         ConfigError: names the first parameter or setting that differs, and the rank.
     """
-    lines = [settings]
+    lines = [*settings]
     for plan, blueprints in planned:
         for blueprint in blueprints:
             for slot in blueprint.slots:

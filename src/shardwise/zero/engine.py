@@ -224,7 +224,7 @@ class Engine(nn.Module):
         return loss * self._scaler.scale
 
     def _reduces_now(self) -> bool:
-        return self._syncs and (self._reduces_every_backward or self.is_gradient_accumulation_boundary())
+        return self._syncs and (self._reduces_every_backward or self._reducer.expects_last_pass)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -268,6 +268,8 @@ class Engine(nn.Module):
         if not boundary:
             return
         self._check_frozen()
+        # A forward whose loss was never differentiated leaves the root whole.
+        self._schedule.reshard_all()
         outcome = self._step.take(self.global_steps)
         self._grad_norm = outcome.grad_norm
         self._step_was_applied = outcome.applied
@@ -288,6 +290,15 @@ class Engine(nn.Module):
                 self.skipped_steps,
                 self._scaler.scale,
             )
+
+    def take_in_new_groups(self) -> None:
+        """Step the parameters of groups that were added to the optimizer; ``step`` does so too.
+
+        Raises:
+            ConfigError: a parameter is not the model's, or was frozen when the engine was built.
+        """
+        if self._step is not None:
+            self._step.take_in_new_groups()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this step, also after a pass that raised (then call it on every rank)."""

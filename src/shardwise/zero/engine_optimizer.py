@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from shardwise.errors import ConfigError
+
 
 class Steps(Protocol):
     """What an engine does for its optimizer."""
@@ -16,6 +18,9 @@ class Steps(Protocol):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients."""
+
+    def take_in_new_groups(self) -> None:
+        """Step the parameters of groups that were added to the optimizer."""
 
 
 class EngineOptimizer(torch.optim.Optimizer):
@@ -46,8 +51,17 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._engine.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add to the optimizer that was passed; the engine takes the parameters in at its next step."""
+        """Add to the optimizer that was passed.
+
+        Raises:
+            ConfigError: a parameter is not the engine's, or has no room for gradients; nothing is added then.
+        """
         if hasattr(self, "optimizer"):
             self.optimizer.add_param_group(param_group)
+            try:
+                self._engine.take_in_new_groups()
+            except ConfigError:
+                del self.optimizer.param_groups[-1]
+                raise
         else:
             super().add_param_group(param_group)

@@ -61,6 +61,7 @@ class Hooks:
         self._reduces_now = reduces_now
         self._on_backward_end = on_backward_end
         self.in_backward = False
+        self._backward = -1
         self._reducing = False
         self._handles: list[RemovableHandle] = []
         for unit in units:
@@ -134,6 +135,7 @@ class Hooks:
         if self.in_backward:
             return
         self.in_backward = True
+        self._backward = torch_compat.current_backward()
         self._reducing = self._reduces_now()
         self._reducer.begin()
         for unit in self._units:
@@ -164,7 +166,9 @@ class Hooks:
             gradient = parameter.grad
             parameter.grad = None
             assert gradient is not None
-            if take(segment, slot, gradient, not self._reducing) and self._reducing:
+            complete = take(segment, slot, gradient, not self._reducing)
+            # A backward inside backward (a reentrant checkpoint) may bring more for the same parameters later.
+            if complete and self._reducing and torch_compat.current_backward() == self._backward:
                 self._reducer.complete(unit, self._schedule.step)
 
         return hook
@@ -174,6 +178,7 @@ class Hooks:
         if self._reducing:
             self._reducer.end(self._schedule.step)
         self.in_backward = False
+        self._reducer.num_passes += 1
         self._on_backward_end()
 
     def recover(self) -> None:

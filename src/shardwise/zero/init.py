@@ -22,12 +22,14 @@ from shardwise.zero.assembly import (
     check_same_model,
     choose_loss_scaler,
     choose_precision,
+    describe_optimizer,
     measure_optimizer,
     optimizer_groups,
     plan_blueprints,
 )
 from shardwise.zero.engine import Engine
 from shardwise.zero.engine_optimizer import EngineOptimizer
+from shardwise.zero.optimizer import describe
 from shardwise.zero.schedule import Budgets
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -101,7 +103,7 @@ def initialize(
         gather_bucket_numel=zero.allgather_bucket_size,
     )
     comm.check = settings.shardwise.check_collectives
-    check_same_model(comm, planned, f"configuration {settings.model_dump_json()}")
+    check_same_model(comm, planned, [f"configuration {settings.model_dump_json()}", *describe_optimizer(built)])
     units = build_units(comm, planned, traits, precision)
     _move_buffers(model, mesh.device, precision.compute)
     engine = Engine(
@@ -135,6 +137,7 @@ def _build_optimizer(
 ) -> torch.optim.Optimizer | None:
     """The user's own wins over the configuration's."""
     parameters = list(model_parameters) if model_parameters is not None else list(model.parameters())
+    _check_own(model, parameters)
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     if callable(optimizer):
@@ -147,6 +150,18 @@ def _build_optimizer(
     if settings.optimizer is None:
         return None
     return build_optimizer(settings.optimizer.type, settings.optimizer.params, parameters)
+
+
+def _check_own(model: nn.Module, parameters: list[Any]) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    for entry in parameters:
+        members = entry["params"] if isinstance(entry, dict) else [entry]
+        for parameter in [members] if isinstance(members, torch.Tensor) else members:
+            if id(parameter) not in own:
+                raise ConfigError(
+                    f"model_parameters holds {describe(parameter)} that is not in the model. Expected parameters, or "
+                    "groups of them, of the model that is passed."
+                )
 
 
 def _build_scheduler(lr_scheduler: SchedulerLike | None, optimizer: EngineOptimizer, settings: EngineConfig) -> Any:

@@ -4,6 +4,10 @@ A unit whose gradients are complete is reduced when its turn has come; units tha
 reduced at the end of the pass, with zeros. So every rank reduces the same units in the same order whatever its own
 backward pass did: conditional branches and unused parameters need no special case. The order is at first the reverse of
 construction; once all ranks have seen one and the same order of completion, that one is taken.
+
+Gradients that rest whole are reduced once a step, in its last backward pass. Which one is the last nobody knows before
+``step``; the reducer expects as many passes as the step before had. In the first step, and in a step with fewer passes,
+the reduction happens in ``step``; more passes than expected are reduced in another round.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ class Reducer:
         self._complete: set[Unit] = set()
         self._next = 0
         self._completed_order: list[Unit] = []
+        self.num_passes = 0
+        """Backward passes since the last step."""
+        self._expected_passes: int | None = None
 
     @property
     def units(self) -> Sequence[Unit]:
@@ -49,9 +56,16 @@ class Reducer:
     def _is_whole_pass(self) -> bool:
         return len(self._completed_order) == len(self._units)
 
-    def adopt_observed_order(self) -> None:
-        """All ranks saw the same order: use it from the next pass on."""
-        self._order = list(self._completed_order)
+    def learn(self, same_order: bool, num_passes: int | None) -> None:
+        """What all ranks saw alike in the step that ends is expected of the next one."""
+        if same_order:
+            self._order = list(self._completed_order)
+        self._expected_passes = num_passes
+
+    @property
+    def expects_last_pass(self) -> bool:
+        """Whether the pass that begins is expected to be the last one of its step."""
+        return self.num_passes + 1 == self._expected_passes
 
     def begin(self) -> None:
         """A backward pass starts."""

@@ -17,10 +17,11 @@ from torch import nn
 
 from shardwise import torch_compat
 from shardwise.comm.base import CollectiveId, Communicator, Pending
+from shardwise.errors import ConfigError
 from shardwise.precision import LossScaler
 from shardwise.zero.agreement import agree, agree_unused
 from shardwise.zero.invariants import check_home, check_reduced
-from shardwise.zero.optimizer import ShardedOptimizer
+from shardwise.zero.optimizer import ShardedOptimizer, describe
 from shardwise.zero.reducer import Reducer
 from shardwise.zero.unit import Unit
 
@@ -40,6 +41,9 @@ class Step(Protocol):
 
     def take(self, step: int) -> Outcome:
         """Turn the gradients since the last step into new parameters. Collective."""
+
+    def take_in_new_groups(self) -> None:
+        """The user added groups to the optimizer; ConfigError if they are not of the model."""
 
     def begin_pass(self) -> None:
         """The model is about to run."""
@@ -94,15 +98,13 @@ class ShardedStep:
 
     def take(self, step: int) -> Outcome:
         """See the module's text."""
-        if self._optimizer.has_new_groups:
-            self._optimizer.adopt_new_groups(self._owners)
+        self.take_in_new_groups()
         check_home(self._all_units, f"before step {step}")
-        agreed = agree(self._comm, self._units, self._reducer.observed_order, step)
-        if agreed.same_order:
-            self._reducer.adopt_observed_order()
+        agreed = agree(self._comm, self._units, self._reducer.observed_order, self._reducer.num_passes, step)
+        self._reducer.learn(agreed.same_order, agreed.num_passes)
         if agreed.unreduced:
             self._reducer.reduce_now([self._units[i] for i in agreed.unreduced], step)
-            agreed = agree(self._comm, self._units, (), step)
+            agreed = agree(self._comm, self._units, (), 0, step)
         check_reduced(self._units, f"at step {step}")
         grad_norm = math.sqrt(agreed.sum_of_squares) / self._scaler.scale
         overflow = self._scaler.skips_overflows and not math.isfinite(grad_norm)
@@ -140,6 +142,11 @@ class ShardedStep:
         for publication in publications:
             publication.wait()
 
+    def take_in_new_groups(self) -> None:
+        """Make runs of their parameters."""
+        if self._optimizer.has_new_groups:
+            self._optimizer.adopt_new_groups(self._owners)
+
     def begin_pass(self) -> None:
         """Gradients live in the units."""
 
@@ -149,6 +156,7 @@ class ShardedStep:
 
     def clear_gradients(self) -> None:
         """Forget the gradients since the last step."""
+        self._reducer.num_passes = 0
         for unit in self._units:
             unit.clear_gradients()
 
@@ -201,6 +209,14 @@ class LocalStep:
         """Forget the gradients since the last step."""
         for parameter in self._parameters:
             parameter.grad = None
+
+    def take_in_new_groups(self) -> None:
+        """The optimizer steps its groups as they are; only foreign parameters are a mistake."""
+        own = {id(parameter) for parameter in self._parameters}
+        for number, group in enumerate(self._optimizer.param_groups):
+            for parameter in group["params"]:
+                if parameter.requires_grad and id(parameter) not in own:
+                    raise ConfigError(f"{describe(parameter)} of group {number} is not a trainable one of the model.")
 
     def begin_pass(self) -> None:
         """The next pass begins: the last step's gradients make room."""
