@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tests import models
 
 Cadence = Literal["once", "every"]
-"""When gradients are reduced: once a step (stages 0, 1) or after every backward (stages 2, 3)."""
+"""After which backward calls of a step the gradients that came since the last time are reduced: only after the last one
+(stages 0 and 1), or after each one (stages 2 and 3, which have no room for what is not reduced yet)."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,7 @@ def train_alone(recipe: Recipe, world_size: int, cadence: Cadence = "once") -> l
     optimizer = recipe.optimizer(model)
     records = [Record() for _ in range(world_size)]
     for step in range(recipe.steps):
-        if cadence == "once":
-            reduced = _reduce_once(recipe, model, step, records)
-        else:
-            reduced = _reduce_every(recipe, model, step, records)
-        give_gradients(model, reduced)
+        give_gradients(model, _reduced_gradients(recipe, model, step, cadence, records))
         norm = clip(model, recipe.clip)
         optimizer.step()
         for record in records:
@@ -112,30 +109,24 @@ def train_alone(recipe: Recipe, world_size: int, cadence: Cadence = "once") -> l
     return records
 
 
-def _reduce_once(recipe: Recipe, model: nn.Module, step: int, records: list[Record]) -> Gradients:
-    """Every rank accumulates its whole step, then the sums of the ranks are added in rank order."""
-    gradients: list[Gradients] = []
-    for rank, record in enumerate(records):
-        model.zero_grad()
-        for index in recipe.micro_batches(step):
-            losses = losses_of(recipe, model, index, rank)
-            record.add_losses(losses)
-            for number, loss in enumerate(losses, start=1):
-                (loss / recipe.accumulation).backward(retain_graph=number < len(losses))
-        gradients.append(take_gradients(model))
-    return ordered_mean(gradients)
-
-
-def _reduce_every(recipe: Recipe, model: nn.Module, step: int, records: list[Record]) -> Gradients:
-    """After every backward the ranks' gradients are added in rank order; the means are accumulated."""
+def _reduced_gradients(
+    recipe: Recipe, model: nn.Module, step: int, cadence: Cadence, records: list[Record]
+) -> Gradients:
+    """All backward calls of one step: every rank adds up its own until they are reduced; the means add up in turn."""
     total: Gradients = {}
+    unreduced: list[Gradients] = [{} for _ in records]
     for index in recipe.micro_batches(step):
+        last_micro_batch = index == recipe.micro_batches(step)[-1]
         of_rank = [
             _gradients_of_each_backward(recipe, model, index, rank, record) for rank, record in enumerate(records)
         ]
-        for gradients in zip(*of_rank, strict=True):
-            for name, mean in ordered_mean(list(gradients)).items():
-                total[name] = total[name] + mean if name in total else mean
+        num_backwards = len(of_rank[0])
+        for number in range(num_backwards):
+            for kept, found in zip(unreduced, of_rank, strict=True):
+                add_into(kept, found[number])
+            if cadence == "every" or (last_micro_batch and number == num_backwards - 1):
+                add_into(total, ordered_mean(unreduced))
+                unreduced = [{} for _ in records]
     return total
 
 
@@ -150,6 +141,12 @@ def _gradients_of_each_backward(
         (loss / recipe.accumulation).backward(retain_graph=number < len(losses))
         found.append(take_gradients(model))
     return found
+
+
+def add_into(total: Gradients, more: Gradients) -> None:
+    """Add gradient by gradient, as autograd accumulates."""
+    for name, gradient in more.items():
+        total[name] = total[name] + gradient if name in total else gradient
 
 
 def take_gradients(model: nn.Module) -> Gradients:

@@ -146,6 +146,13 @@ def test_loads_are_counted_and_balanced_over_several_layouts(units: list[list[Sl
     assert max(loads) - min(loads) <= largest
 
 
+def test_the_largest_parameter_is_placed_first() -> None:
+    """In the given order the last one would land on a rank that has half of the rest already."""
+    loads = [0, 0]
+    whole_parameter_layout([Slot("a", (50,), 0), Slot("b", (50,), 0), Slot("c", (100,), 0)], loads)
+    assert loads == [100, 100]
+
+
 # -- pieces, gaps, runs
 
 

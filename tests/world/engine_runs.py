@@ -37,7 +37,7 @@ def stage_of(config: Config) -> int:
 
 
 def cadence_of(config: Config) -> Cadence:
-    """When the engine reduces: stages 2 and 3 hold no whole gradients, so they reduce after every backward."""
+    """When the engine reduces: stages 2 and 3 hold no whole gradients, so they do after every backward."""
     return "every" if stage_of(config) >= 2 else "once"
 
 
@@ -53,7 +53,8 @@ def world_size() -> int:
 
 @contextmanager
 def open_engine(model: nn.Module, optimizer: Any, config: Config, **arguments: Any) -> Iterator[Any]:
-    """The engine of `shardwise.initialize`, closed at the end. A rank that waits in vain ends with an error, not a hang."""
+    """The engine of `shardwise.initialize`, closed at the end. A rank that waits in vain ends with an error, not a
+    hang."""
     arguments.setdefault("timeout", TIMEOUT)
     engine, _, _, _ = shardwise.initialize(model=model, optimizer=optimizer, config=config, **arguments)
     with engine:

@@ -79,6 +79,8 @@ def foreign_group_later() -> None:
     engine, optimizer, _, _ = initialize()
     with engine:
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+        engine.backward(MLP.loss(engine, MLP.batch(0, rank())))
+        engine.step()
 
 
 def cuda_where_there_is_none() -> None:
@@ -123,8 +125,8 @@ ALIKE_ON_ALL_RANKS = {
         Mistake(no_config_file, ("/nowhere/ds_config.json",)),
         Mistake(foreign_optimizer, ("optimizer", "model")),
         Mistake(partly_foreign_optimizer, ("optimizer", "model")),
-        Mistake(foreign_parameters, ("model_parameters",)),
-        Mistake(foreign_group_later, ("model",)),
+        Mistake(foreign_parameters, ("not in the model", "(3,)")),
+        Mistake(foreign_group_later, ("not in the model", "(3,)")),
         Mistake(unknown_optimizer, ("AdamV",)),
         Mistake(unknown_unit_class, ("Blok", "Block")),
         Mistake(optimizer_that_needs_a_closure, ("LBFGS", "closure")),
@@ -195,6 +197,11 @@ def different_optimizers() -> None:
     initialize(model, make(model.parameters(), lr=1e-3))
 
 
+def different_rates() -> None:
+    model = MLP.model()
+    initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-3 * (1 + rank())))
+
+
 def different_groups() -> None:
     model = MLP.model()
     parameters = list(model.parameters())
@@ -214,7 +221,7 @@ DIFFERENCES = {
 @pytest.mark.parametrize("difference", DIFFERENCES)
 def test_ranks_with_different_models(world2: World, difference: str) -> None:
     mistake = Mistake(different_models, (*DIFFERENCES[difference], "rank 0", "rank 1"))
-    for failure in world2.run_expecting_errors(different_models, difference):
+    for failure in world2.run_expecting_errors(different_models, difference, reusable=True):
         assert_told(failure, mistake)
 
 
@@ -224,9 +231,10 @@ def test_ranks_with_different_models(world2: World, difference: str) -> None:
         (different_stages, "stage"),
         (different_clipping, "gradient_clipping"),
         (different_optimizers, "SGD"),
+        (different_rates, "lr"),
         (different_groups, "group"),
     ],
 )
 def test_ranks_with_different_settings(world2: World, make: Any, word: str) -> None:
-    for failure in world2.run_expecting_errors(make):
+    for failure in world2.run_expecting_errors(make, reusable=True):
         assert_told(failure, Mistake(make, (word, "rank 0", "rank 1")))

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 import shardwise
-from tests.optimizers import adamw_from_parameters, adamw_over_the_model
+from tests.optimizers import adamw_from_parameters, adamw_over_the_model, fused_adamw_over_the_model
 from tests.references import MLP, Record, assert_same, give_gradients, ordered_mean, take_gradients
-from tests.world.engine_runs import STAGES, config_of, open_engine, rank, reference_of, run_steps
+from tests.world.engine_runs import STAGES, config_of, open_engine, rank, reference_of, run_steps, train_with_engine
 from tests.worlds import World
 
 RECIPE = dataclasses.replace(MLP, optimizer=adamw_over_the_model)
@@ -37,7 +37,12 @@ def built_from(way: str, stage: int) -> None:
             arguments = {"model_parameters": list(model.parameters())}
     with open_engine(model, optimizer, config, **arguments) as engine:
         record = run_steps(RECIPE, engine)
-    assert_same(record, reference_of(RECIPE, "once"), f"optimizer from {way} at stage {stage}")
+    if way.startswith("json"):  # which builds the fused kind
+        fused = dataclasses.replace(RECIPE, optimizer=fused_adamw_over_the_model)
+        wanted = train_with_engine(fused, config_of(stage))
+    else:
+        wanted = reference_of(RECIPE, "once")
+    assert_same(record, wanted, f"optimizer from {way} at stage {stage}")
 
 
 @pytest.mark.parametrize(

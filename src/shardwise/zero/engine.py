@@ -224,7 +224,9 @@ class Engine(nn.Module):
         return loss * self._scaler.scale
 
     def _reduces_now(self) -> bool:
-        return self._syncs and (self._reduces_every_backward or self._reducer.expects_last_pass)
+        if self._reduces_every_backward or not self._syncs:
+            return self._syncs
+        return self._reducer.expects_last_pass if self._forced_boundary is None else self._forced_boundary
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ A parameter that got no gradient on any rank is left out of the step, as plain t
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,11 +55,6 @@ class ShardedOptimizer:
         max_run_numel: int,
         unit_by_unit: bool,
     ) -> None:
-        if inner.state:
-            raise ConfigError(
-                f"{type(inner).__name__} holds state of {len(inner.state)} parameters already. Expected a new one: "
-                "pass it before its first step."
-            )
         self.inner = inner
         self._traits = traits
         self._max_run_numel = max_run_numel
@@ -68,6 +64,7 @@ class ShardedOptimizer:
         self._batches = [[unit] for unit in units] if unit_by_unit and traits.streamable else [list(units)]
         self._stepping = False
         self._known_groups = len(inner.param_groups)
+        self._take_over_state()
         self._point_groups(run for runs in self._runs.values() for run in runs)
         guard = weakref.ref(self)
         self._guard = inner.register_step_pre_hook(lambda *_: _refuse_foreign_step(guard()))
@@ -102,6 +99,16 @@ class ShardedOptimizer:
             group["params"] = []
         for run in runs:
             self.inner.param_groups[run.group]["params"].append(run.tensor)
+
+    def _take_over_state(self) -> None:
+        """State that was made for the user's parameters (Adagrad makes it at once) moves to the runs."""
+        former = dict(self.inner.state)
+        self.inner.state.clear()
+        for runs in self._runs.values():
+            for run in runs:
+                state = _state_of_run(run, former)
+                if state:
+                    self.inner.state[run.tensor] = state
 
     # ----------------------------------------------------------------------------------------------------- step
 
@@ -223,6 +230,44 @@ class ShardedOptimizer:
 
 def _elementwise_state(state: dict[str, Any]) -> int:
     return sum(1 for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1)
+
+
+def _state_of_run(run: _Run, former: Mapping[torch.Tensor, dict[str, Any]]) -> dict[str, Any]:
+    """Join what the parameters of a run had: elementwise tensors piece by piece, everything else must be alike.
+
+    Raises:
+        ConfigError: parameters of one run were stepped differently often.
+    """
+    pieces = list(run.segment.layout.pieces(run.span))
+    parameters = [run.segment.parameters.parameters[piece.slot] for piece in pieces]
+    states = [former.get(parameter, {}) for parameter in parameters]
+    joined: dict[str, Any] = {}
+    for key in dict.fromkeys(key for state in states for key in state):
+        values: list[Any] = [state.get(key) for state in states]
+        if key != "step" and all(
+            isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            for value, parameter in zip(values, parameters, strict=True)
+        ):
+            whole = torch.zeros(run.span.numel, dtype=run.tensor.dtype, device=run.tensor.device)
+            for piece, value in zip(pieces, values, strict=True):
+                source, place = piece.within_parameter, piece.within_buffer.shift(-run.span.begin)
+                whole[place.begin : place.end] = value.reshape(-1)[source.begin : source.end]
+            joined[key] = whole.view(run.tensor.shape)
+        elif all(_alike(value, values[0]) for value in values):
+            joined[key] = copy.deepcopy(values[0])
+        else:
+            names = [run.segment.names[piece.slot] for piece in pieces]
+            raise ConfigError(
+                f"the optimizer's state {key!r} differs between {names[0]!r} and its neighbours up to {names[-1]!r}. "
+                "Expected a new optimizer, or one that has stepped all its parameters alike."
+            )
+    return joined
+
+
+def _alike(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return torch.equal(left, right)
+    return type(left) is type(right) and bool(left == right)
 
 
 def _refuse_foreign_step(optimizer: ShardedOptimizer | None) -> None:

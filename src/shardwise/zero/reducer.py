@@ -6,8 +6,8 @@ backward pass did: conditional branches and unused parameters need no special ca
 construction; once all ranks have seen one and the same order of completion, that one is taken.
 
 Gradients that rest whole are reduced once a step, in its last backward pass. Which one is the last nobody knows before
-``step``; the reducer expects as many passes as the step before had. In the first step, and in a step with fewer passes,
-the reduction happens in ``step``; more passes than expected are reduced in another round.
+``step``, unless the user marks it: the reducer expects as many passes as the step before had. In the first step, and in
+a step with fewer passes, the reduction happens in ``step``; more passes than expected are reduced in another round.
 """
 
 from __future__ import annotations
