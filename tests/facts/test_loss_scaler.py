@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardwise.errors import StateError
 from shardwise.precision import DynamicLossScaler, StaticLossScaler
+
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""No clock decides: the machine may be busy with other things."""
 
 
 def scales(outcomes: str, **settings: Any) -> list[float]:
@@ -78,6 +81,7 @@ def by_history(outcomes: str, settings: dict[str, Any]) -> float:
     return float(scale)
 
 
+@untimed
 @given(OUTCOMES, SETTINGS)
 def test_the_counters_say_what_the_history_says(outcomes: str, settings: dict[str, Any]) -> None:
     assert [settings["scale"], *scales(outcomes, **settings)][-1] == by_history(outcomes, settings)
@@ -111,6 +115,7 @@ def test_above_the_minimum_patience_does_not_count() -> None:
 # -- checkpoints
 
 
+@untimed
 @given(OUTCOMES, OUTCOMES, SETTINGS)
 def test_a_loaded_scaler_goes_on_as_the_saved_one(before: str, after: str, settings: dict[str, Any]) -> None:
     saved = DynamicLossScaler(**settings)

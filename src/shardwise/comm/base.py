@@ -215,7 +215,8 @@ class Communicator(ABC):
         """``shard`` [my slice] = (or += if ``accumulate``) the mean over ranks of my slice of ``buffer`` [N].
 
         ``buffer`` comes from ``allocate`` or ``borrow``; once the result was waited for it may be given back, and may
-        be written again after ``settle`` or the next ``exchange``. ``shard`` may be my slice of ``buffer``.
+        be written again after ``settle`` or the next ``exchange``. ``shard`` may be my slice of ``buffer``, but not if
+        it accumulates.
         """
         self._announce(identity)
         return self._reduce_scatter(identity, buffer, cuts, shard, accumulate)

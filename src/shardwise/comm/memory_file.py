@@ -21,7 +21,7 @@ from shardwise.errors import CollectiveError
 from shardwise.mesh import Axis
 
 # Words (8 bytes) of the control row.
-_MAGIC, PUBLISHED, EXCHANGED, DEPOSITED, CONSUMED, CLOSED = range(6)
+_MAGIC, PUBLISHED, EXCHANGED, DEPOSITED, CONSUMED, GAVE_UP, CLOSED = range(7)
 _MAGIC_VALUE = 0x5348415244
 # Bytes of the control row behind the words: what this rank waits in, the ring of deposits, two exchange boxes.
 POSITION = 64

@@ -47,6 +47,7 @@ from shardwise.comm.memory_file import (
     DEPOSITED,
     ENTRY_BYTES,
     EXCHANGED,
+    GAVE_UP,
     POSITION,
     PUBLISHED,
     RING,
@@ -265,6 +266,7 @@ class SharedMemory(Communicator):
     def realign(self) -> None:
         """Count as if all had deposited and read as much as the rank that got furthest; loans are over."""
         super().realign()
+        self._words[GAVE_UP] += 1
         self._reducing.clear()
         for buffer in list(self._lent.values()):
             self.give_back(buffer)
@@ -397,8 +399,15 @@ class SharedMemory(Communicator):
         self._file.control[POSITION : POSITION + LABEL_BYTES] = bytes(LABEL_BYTES)
 
     def _raise_if_gone(self, identity: CollectiveId, peer: Peer, arrived: Callable[[Peer], bool]) -> None:
-        gone = "has ended" if not peer.alive() else "has closed its engine" if peer.words[CLOSED] else None
-        if gone and not arrived(peer):
+        if not peer.alive():
+            gone = "has ended"
+        elif peer.words[CLOSED]:
+            gone = "has closed its engine"
+        elif peer.words[GAVE_UP] > self._words[GAVE_UP]:
+            gone = "gave up its pass after an exception"
+        else:
+            return
+        if not arrived(peer):
             raise CollectiveError(
                 f"rank {peer.rank} {gone}, but rank {self.rank} waits for it in {identity}. "
                 "Give every rank the same number of batches and let all of them take part in every step."

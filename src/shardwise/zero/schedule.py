@@ -39,8 +39,10 @@ class Schedule:
         self._budgets = budgets
         self._prefetches = prefetches
         self._order: list[Unit] = []
-        """Units in the order of their first use in the last whole forward pass."""
+        """Units in the order of their first use in the last forward pass."""
         self._tracing: list[Unit] = []
+        self._ahead: list[Unit] = []
+        """Units that were gathered on a prediction and have not run since."""
         self.step = 0
         self.pinned = False
         """While set, nothing is put away."""
@@ -56,7 +58,7 @@ class Schedule:
     def before_forward(self, unit: Unit) -> None:
         """Make ``unit`` whole; gather the next ones meanwhile."""
         unit.unshard(self.step)
-        if self._prefetches and unit.training_state is TrainingState.IDLE:
+        if unit.training_state is TrainingState.IDLE:
             self._prefetch(unit, forward=True)
         unit.wait_unsharded()
         check_ready(unit, "before forward")
@@ -92,8 +94,7 @@ class Schedule:
     def before_backward(self, unit: Unit) -> None:
         """Make ``unit`` whole again; gather the ones before it meanwhile."""
         unit.unshard(self.step)
-        if self._prefetches:
-            self._prefetch(unit, forward=False)
+        self._prefetch(unit, forward=False)
         unit.wait_unsharded()
         check_ready(unit, "before backward")
 
@@ -107,12 +108,19 @@ class Schedule:
     # ------------------------------------------------------------------------------------------------- prefetch
 
     def _prefetch(self, unit: Unit, forward: bool) -> None:
-        if unit is self._root and not forward:
-            return  # the pass ends with it: predictions start at the last block
-        for candidate in self._predicted(unit, forward):
-            if candidate.state is ShardedState.UNSHARDED:
-                continue
-            candidate.unshard(self.step)
+        """Gather what is predicted to come; put away what was predicted before and is not any more."""
+        if not self._prefetches or (unit is self._root and not forward):
+            return
+        if unit in self._ahead:
+            self._ahead.remove(unit)
+        predicted = self._predicted(unit, forward)
+        for stale in [other for other in self._ahead if other not in predicted]:
+            self._ahead.remove(stale)
+            self._put_away(stale)
+        for candidate in predicted:
+            if candidate.state is not ShardedState.UNSHARDED:
+                candidate.unshard(self.step)
+                self._ahead.append(candidate)
 
     def _predicted(self, unit: Unit, forward: bool) -> list[Unit]:
         """The units that are used next and fit the budgets, nearest first."""
@@ -143,6 +151,7 @@ class Schedule:
 
     def reshard_all(self) -> None:
         """Everything home: the pass is over, or was given up."""
+        self._ahead.clear()
         for unit in self._units:
             unit.training_state = TrainingState.IDLE
             unit.forwards_in_graph = 0
