@@ -433,6 +433,7 @@ class Engine(nn.Module):
                 + ("; ".join(faults) or "assign=True would replace the engine's buffers")
                 + ". Pass the state dict of the same model; strict=False ignores missing and unexpected names."
             )
+        self._schedule.reshard_all()
         self._comm.exchange(CollectiveId("begin of a load", "", self.global_steps), b"")
         for name, value in own.items():
             if name in state_dict and value in self._owners:

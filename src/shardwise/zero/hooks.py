@@ -166,6 +166,8 @@ class Hooks:
             gradient = parameter.grad
             parameter.grad = None
             assert gradient is not None
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
             complete = take(segment, slot, gradient, not self._reducing)
             # A backward inside backward (a reentrant checkpoint) may bring more for the same parameters later.
             if complete and self._reducing and torch_compat.current_backward() == self._backward:
