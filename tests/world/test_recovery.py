@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardwise import CollectiveError
 from tests.models import Block, Checkpointing, Mlp
 from tests.references import MLP, assert_same
 from tests.world.engine_runs import STAGES, config_of, open_engine, rank, reference_of
@@ -86,3 +87,37 @@ def test_recovery_twice_in_a_row(world3: World, fails_in: str) -> None:
 @pytest.mark.parametrize("fails_in", ["forward", "backward"])
 def test_recovery_with_recomputed_blocks(world2: World, fails_in: str, checkpointing: Checkpointing) -> None:
     world2.run(recover, 3, fails_in, checkpointing, "auto")
+
+
+def recover_from_different_places(stage: int, blocks: tuple[int, int]) -> str:
+    """Each rank fails in another block; returns what this rank was told."""
+    recipe = dataclasses.replace(MLP, model=build_fragile, steps=3)
+    reference = reference_of(recipe, "once")
+    record = dataclasses.replace(reference, losses=[], weights={})
+    model: Any = recipe.model()
+    told = ""
+    with open_engine(model, recipe.optimizer(model), config_of(stage)) as engine:
+        for step in range(recipe.steps):
+            if step == 1:
+                fragile = model.blocks[blocks[rank()]]
+                fragile.fails_in = "backward"
+                try:
+                    engine.backward(recipe.loss(engine, recipe.batch(999, rank())))
+                except (MishapError, CollectiveError) as error:
+                    told = str(error)
+                fragile.fails_in = ""
+                engine.zero_grad()
+            loss = recipe.loss(engine, recipe.batch(step, rank()))
+            record.losses.append(loss.detach().clone())
+            engine.backward(loss)
+            engine.step()
+        record.weights = engine.state_dict()
+    assert_same(record, reference, f"stage {stage} after mishaps in blocks {blocks}")
+    return told
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_fail_in_different_places(world2: World, stage: int) -> None:
+    """The rank that gets further waits for a reduction that never comes: the other one's giving up must wake it."""
+    told = world2.run(recover_from_different_places, stage, (0, 2))
+    assert any("gave up its pass" in text for text in told) or all("middle of backward" in text for text in told)
