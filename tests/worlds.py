@@ -118,7 +118,7 @@ class World:
         otherwise be taken for one of the next case.
         """
         answers = self._ask(function, args, kwargs)
-        if not reusable:
+        if not reusable and any(answer.failure is not None for answer in answers):
             self.close()
         else:
             self._refuse_leaks(function, answers)

@@ -179,7 +179,7 @@ class Communicator(ABC):
             self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
 
     def pooled_bytes(self) -> int:
-        """Bytes of returned buffers that wait for their next loan."""
+        """Bytes that the transport keeps between collectives: returned buffers that wait for their next loan."""
         return sum(buffer.nbytes for buffers in self._free.values() for buffer in buffers)
 
     def _new_buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:

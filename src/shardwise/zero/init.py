@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from shardwise.comm.base import Communicator
 from shardwise.comm.choose import build_communicator
-from shardwise.config import EngineConfig, load_config
+from shardwise.config import BatchSizes, EngineConfig, load_config
 from shardwise.errors import ConfigError
 from shardwise.mesh import DEFAULT_TIMEOUT, build_mesh, init_distributed
 from shardwise.optim.json_optimizers import build_optimizer
+from shardwise.optim.probe import OptimizerTraits
 from shardwise.optim.schedulers import build_scheduler
+from shardwise.precision import Precision
 from shardwise.zero.assembly import (
+    Blueprint,
     build_units,
     check_same_model,
     choose_loss_scaler,
@@ -31,6 +35,7 @@ from shardwise.zero.engine import Engine
 from shardwise.zero.engine_optimizer import EngineOptimizer
 from shardwise.zero.optimizer import describe
 from shardwise.zero.schedule import Budgets
+from shardwise.zero.wrap import UnitPlan
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[Any]], torch.optim.Optimizer]
 SchedulerLike = torch.optim.lr_scheduler.LRScheduler | Callable[[torch.optim.Optimizer], Any]
@@ -102,25 +107,11 @@ def initialize(
         reduce_bucket_numel=zero.reduce_bucket_size,
         gather_bucket_numel=zero.allgather_bucket_size,
     )
-    comm.check = settings.shardwise.check_collectives
-    check_same_model(comm, planned, [f"configuration {settings.model_dump_json()}", *describe_optimizer(built)])
-    units = build_units(comm, planned, traits, precision)
-    _move_buffers(model, mesh.device, precision.compute)
-    engine = Engine(
-        model,
-        units,
-        comm,
-        batch_sizes,
-        precision,
-        choose_loss_scaler(settings),
-        Budgets(
-            prefetch=zero.stage3_prefetch_bucket_size,
-            max_live=zero.stage3_max_live_parameters,
-            reuse_distance=zero.stage3_max_reuse_distance,
-        ),
-        settings,
-    )
-    returned = engine.attach_optimizer(built, traits) if built is not None else None
+    try:
+        engine, returned = _assemble(model, comm, planned, built, traits, batch_sizes, precision, settings)
+    except BaseException:
+        comm.close()
+        raise
     if returned is not None:
         engine.lr_scheduler = _build_scheduler(lr_scheduler, returned, settings)
     loader = None
@@ -130,6 +121,27 @@ def initialize(
             collate_fn, settings.dataloader_drop_last,
         )  # fmt: skip
     return engine, returned, loader, engine.lr_scheduler
+
+
+def _assemble(
+    model: nn.Module,
+    comm: Communicator,
+    planned: Sequence[tuple[UnitPlan, list[Blueprint]]],
+    optimizer: torch.optim.Optimizer | None,
+    traits: OptimizerTraits,
+    batch_sizes: BatchSizes,
+    precision: Precision,
+    settings: EngineConfig,
+) -> tuple[Engine, EngineOptimizer | None]:
+    """Check that ranks agree, allocate, and put the engine together."""
+    comm.check = settings.shardwise.check_collectives
+    check_same_model(comm, planned, [f"configuration {settings.model_dump_json()}", *describe_optimizer(optimizer)])
+    units = build_units(comm, planned, traits, precision)
+    _move_buffers(model, comm.device, precision.compute)
+    zero = settings.zero_optimization
+    budgets = Budgets(zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
+    engine = Engine(model, units, comm, batch_sizes, precision, choose_loss_scaler(settings), budgets, settings)
+    return engine, None if optimizer is None else engine.attach_optimizer(optimizer, traits)
 
 
 def _build_optimizer(
