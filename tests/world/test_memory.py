@@ -8,6 +8,7 @@ P parameters, W ranks, Adam (Rajbhandari et al., "ZeRO", section 5, with the mas
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Callable
@@ -37,6 +38,7 @@ ACTIVATION_BYTES = 32 * 2**10
 BIG_WIDTH, BIG_HIDDEN = 768, 1344
 """12.5 million parameters in six blocks of two million: model states tower over what a process allocates besides."""
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 PROCESS_SLACK_BYTES = 24 * 2**20
 """Allocator, autograd's thread and the transport's small buffers, in a process whose states take 100 MB and more."""
 
@@ -231,6 +233,8 @@ def test_no_more_lives_at_once_than_the_schedule_allows(world2: World, stage: in
 
 def peak_of_the_process(stage: int) -> tuple[int, int]:
     """(bytes by which the resident set grew at most, P), from before the model was built until after three steps."""
+    # What malloc keeps of freed tensors is not held by anybody, and differs from run to run: let it keep nothing large.
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16) == 1
     with open_engine(small := Tower(), adamw_in_two_groups(small), config_of(stage)) as engine:
         train_some_steps(engine, 1)  # what libraries load lazily is no model state
     del engine, small
