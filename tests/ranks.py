@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 # What libraries below us set up for themselves the first time that they compile is not ours to police.
-FOREIGN_ENVIRONMENT_PREFIXES = ("TORCHINDUCTOR_", "TRITON_", "KINETO_", "PYTEST_")
-FOREIGN_THREADS = ("tqdm_monitor",)
+FOREIGN_ENVIRONMENT_PREFIXES = ("TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KINETO_", "PYTEST_")
+FOREIGN_THREADS = ("tqdm_monitor", "ThreadPoolExecutor")  # torch's compiler keeps a pool; shardwise has none
 NAMED_SEMAPHORE = "/dev/shm/sem."  # a lock of a library (tqdm's), not memory
 PR_SET_PDEATHSIG = 1
 
@@ -97,7 +97,7 @@ class Census:
                 f"{thread.name} ({thread.ident})"
                 for thread in threading.enumerate()
                 # autograd's own native threads show up as dummies once Python code has run in them
-                if not isinstance(thread, threading._DummyThread) and thread.name not in FOREIGN_THREADS
+                if not isinstance(thread, threading._DummyThread) and not thread.name.startswith(FOREIGN_THREADS)
             ),
             environment=frozenset(
                 (name, value) for name, value in os.environ.items() if not name.startswith(FOREIGN_ENVIRONMENT_PREFIXES)

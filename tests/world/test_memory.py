@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.comm.shared_memory import CHUNK
-from tests.models import Block
+from tests.models import Block, Checkpointing, run_blocks
 from tests.references import adamw_in_two_groups
 from tests.world.engine_runs import STAGES, Config, config_of, open_engine, rank
 from tests.worlds import World
@@ -64,19 +64,20 @@ class SampledBlock(Block):
 
 
 class Tower(nn.Module):
-    """Blocks between two square linear layers; ends behind another square layer."""
+    """Blocks between two square linear layers."""
 
-    def __init__(self, width: int = WIDTH, hidden: int = HIDDEN, depth: int = DEPTH) -> None:
+    def __init__(
+        self, width: int = WIDTH, hidden: int = HIDDEN, depth: int = DEPTH, checkpointing: Checkpointing = "none"
+    ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.stem = nn.Linear(width, width)
         self.blocks = nn.ModuleList(SampledBlock(width, hidden) for _ in range(depth))
         self.head = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x.to(self.stem.weight.dtype))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        return self.head(run_blocks(self.blocks, x, self.checkpointing))
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -186,12 +187,12 @@ def test_the_prediction_is_exact_for_odd_sizes_too(world: World, stage: int) -> 
         assert states == predicted
 
 
-def peak_live_bytes(config: Config) -> dict[str, int]:
+def peak_live_bytes(config: Config, checkpointing: Checkpointing = "none") -> dict[str, int]:
     """The most bytes that were reachable in any block's forward or backward, beyond what rests."""
     gc.collect()
     before = live_storages()
     torch.manual_seed(0)
-    model = Tower()
+    model = Tower(checkpointing=checkpointing)
     peaks = [0]
 
     def sample() -> None:
@@ -228,6 +229,14 @@ def test_no_more_lives_at_once_than_the_schedule_allows(world2: World, stage: in
     if transport == "shared_memory":
         allowed += 2 * 4 * CHUNK  # through which the transport reads and sums, whatever the model's size
     for found in world2.run(peak_live_bytes, config_of(stage, shardwise={"transport": transport})):
+        assert found["peak"] <= found["states"] + allowed, (found, allowed)
+
+
+@pytest.mark.parametrize("checkpointing", ["non_reentrant", "reentrant"])
+def test_recomputed_units_are_put_away_too(world2: World, checkpointing: Checkpointing) -> None:
+    allowed = bytes_allowed_at_once(3, Tower()) + ACTIVATION_BYTES
+    config = config_of(3, shardwise={"transport": "process_group"})
+    for found in world2.run(peak_live_bytes, config, checkpointing):
         assert found["peak"] <= found["states"] + allowed, (found, allowed)
 
 
