@@ -179,8 +179,12 @@ class Communicator(ABC):
             self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
 
     def pooled_bytes(self) -> int:
-        """Bytes that the transport keeps between collectives: returned buffers that wait for their next loan."""
+        """Bytes of returned buffers that wait for their next loan."""
         return sum(buffer.nbytes for buffers in self._free.values() for buffer in buffers)
+
+    def scratch_bytes(self) -> int:
+        """Bytes of working memory that the transport keeps, whatever the model's size."""
+        return 0
 
     def _new_buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(numel, dtype=dtype, device=self.device)

@@ -173,9 +173,9 @@ class SharedMemory(Communicator):
         self._wait_consumed(self._last_deposit[free[0].data_ptr()], CollectiveId("reuse of a gradient buffer", "", 0))
         return free.pop(0)
 
-    def pooled_bytes(self) -> int:
-        """Returned buffers, and the chunks that sums are made in."""
-        return super().pooled_bytes() + sum(chunk.nbytes for chunk in self._scratch.values())
+    def scratch_bytes(self) -> int:
+        """Bytes of the chunks that sums and casts are made in."""
+        return sum(chunk.nbytes for chunk in self._scratch.values())
 
     def publish(self) -> None:
         """Count up: readers that count as far may read my shards."""

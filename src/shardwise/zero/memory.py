@@ -77,7 +77,7 @@ def report_memory(comm: Communicator, units: Sequence[Unit], step: Step | None) 
         parameters_bytes=sum(parameters for parameters, _, _ in counted),
         gradients_bytes=sum(gradients for _, gradients, _ in counted) + local_gradients,
         optimizer_bytes=sum(masters for _, _, masters in counted) + state,
-        buffers_bytes=sum(unit.live_bytes() for unit in units) + comm.pooled_bytes(),
+        buffers_bytes=sum(unit.live_bytes() for unit in units) + comm.pooled_bytes() + comm.scratch_bytes(),
         predicted_bytes=predicted.total,
         num_parameters=sum(slot.numel for segment in segments for slot in segment.layout.slots),
     )
