@@ -235,6 +235,9 @@ def test_no_more_lives_at_once_than_the_schedule_allows(world2: World, stage: in
 @pytest.mark.parametrize("checkpointing", ["non_reentrant", "reentrant"])
 def test_recomputed_units_are_put_away_too(world2: World, checkpointing: Checkpointing) -> None:
     allowed = bytes_allowed_at_once(3, Tower()) + ACTIVATION_BYTES
+    if checkpointing == "reentrant":
+        # A backward inside backward may bring more gradients for any unit: they are reduced at the end.
+        allowed += 4 * num_parameters(Tower())
     config = config_of(3, shardwise={"transport": "process_group"})
     for found in world2.run(peak_live_bytes, config, checkpointing):
         assert found["peak"] <= found["states"] + allowed, (found, allowed)

@@ -168,9 +168,12 @@ class Hooks:
             assert gradient is not None
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
-            complete = take(segment, slot, gradient, not self._reducing)
-            # A backward inside backward (a reentrant checkpoint) may bring more for the same parameters later.
-            if complete and self._reducing and torch_compat.current_backward() == self._backward:
+            # A backward inside backward (a reentrant checkpoint) may bring more for parameters that are complete, now
+            # or later: their unit is reduced at the end, and what travels already must have arrived.
+            nested = torch_compat.current_backward() != self._backward
+            if nested:
+                self._reducer.finish()
+            if take(segment, slot, gradient, not self._reducing) and self._reducing and not nested:
                 self._reducer.complete(unit, self._schedule.step)
 
         return hook

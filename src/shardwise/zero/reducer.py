@@ -105,6 +105,10 @@ class Reducer:
             for pending in self._in_flight.pop(0):
                 pending.wait()
 
+    def finish(self) -> None:
+        """Wait for all that travels."""
+        self._finish(keep=0)
+
     def abandon(self) -> None:
         """A pass was given up: forget what waited, and what travels or its result."""
         if self._forgets:
