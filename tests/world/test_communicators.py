@@ -125,7 +125,6 @@ def gathers(transport: str) -> None:
             comm.publish()
             output = torch.full((comm.size * numel,), -1.0, dtype=output_dtype)
             pending = comm.all_gather(name("all-gather"), output, shard)
-            pending.poll()
             pending.wait()
             pending.wait()  # a second time changes nothing
             assert torch.equal(output, torch.cat([values(r, numel, dtype) for r in range(comm.size)]).to(output_dtype))
@@ -149,7 +148,6 @@ def gathers_in_place(transport: str, bucket_numel: int) -> None:
             buffer[mine.begin : mine.end] = whole[mine.begin : mine.end]
             comm.publish()
             pending = comm.all_gather_in_place(name("publication"), buffer, cuts)
-            pending.poll()
             pending.wait()
             pending.wait()
             assert torch.equal(buffer, whole), cuts
@@ -210,7 +208,6 @@ def reduces(transport: str, bucket_numel: int, num_dtypes: int = len(REDUCED_DTY
             shard = before.clone()
             buffer = filled(comm, buffers[comm.rank], borrowed)
             pending = comm.reduce_scatter(name(), buffer, cuts, shard, accumulate)
-            pending.poll()
             pending.wait()
             pending.wait()
             addends = [other[mine.begin : mine.end] for other in buffers]

@@ -82,9 +82,6 @@ class Pending(Protocol):
             CollectiveError: another rank is in another collective, or did not come in time.
         """
 
-    def poll(self) -> None:
-        """Do what can be done without waiting; most transports have nothing to do."""
-
 
 class InTurn:
     """Several collectives of which one is under way at a time; each starts when the one before it is over."""
@@ -103,20 +100,12 @@ class InTurn:
             self._current.wait()
             self._current = self._start_next()
 
-    def poll(self) -> None:
-        """Let the one under way do what it can."""
-        if self._current is not None:
-            self._current.poll()
-
 
 class Done:
     """A collective that needed no waiting."""
 
     def wait(self) -> None:
         """Nothing to wait for."""
-
-    def poll(self) -> None:
-        """Nothing to do."""
 
 
 @dataclass

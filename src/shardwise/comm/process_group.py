@@ -104,9 +104,6 @@ class _Messages:
     def keep(self, work: Work | None, rank: int) -> None:
         self._work.append((work, rank))
 
-    def poll(self) -> None:
-        """The transport's own thread moves the messages."""
-
     def wait(self) -> None:
         """Headers first: a payload may never come where they differ."""
         for rank, received, work in self._headers:
@@ -210,9 +207,6 @@ class _OrderedSum:
             self._messages.wait()
             mean_into(self._shard, self._addends, self._accumulate)
             self._addends = []
-
-    def poll(self) -> None:
-        pass
 
 
 class Native(Communicator):
@@ -334,9 +328,6 @@ class _NativeWork:
                     raise CollectiveError(f"{self._identity} failed: {error}") from error
         self._works = []
 
-    def poll(self) -> None:
-        pass
-
 
 class _NativeSum:
     def __init__(self, work: Pending, shard: torch.Tensor, total: torch.Tensor, accumulate: bool, size: int) -> None:
@@ -358,9 +349,6 @@ class _NativeSum:
             self._shard.mul_(1.0 / self._size)
         self._work = self._total = None
 
-    def poll(self) -> None:
-        pass
-
 
 class _ReceivedSum:
     def __init__(
@@ -377,9 +365,6 @@ class _ReceivedSum:
             self._work.wait()
             mean_into(self._shard, self._received.chunk(self._size), self._accumulate)
             self._work = self._received = None
-
-    def poll(self) -> None:
-        pass
 
 
 def _even(cuts: Cuts) -> bool:

@@ -81,9 +81,6 @@ class _Gather:
             self._read()
             self._read = None
 
-    def poll(self) -> None:
-        pass
-
 
 class _Reduce:
     """One deposit and the sum that it waits for."""
@@ -108,9 +105,6 @@ class _Reduce:
 
     def wait(self) -> None:
         self._comm._finish_reductions(through=self.index)
-
-    def poll(self) -> None:
-        self._comm._finish_ready_reductions()
 
 
 class SharedMemory(Communicator):

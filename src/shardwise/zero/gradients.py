@@ -98,10 +98,6 @@ class _Then:
             self._pending = None
             self._then()
 
-    def poll(self) -> None:
-        if self._pending is not None:
-            self._pending.poll()
-
 
 class _Finish(Protocol):
     def __call__(self) -> None: ...
