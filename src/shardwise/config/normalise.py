@@ -4,7 +4,7 @@ This is the part of checking that pydantic cannot say in the user's words. It ne
 faulty key is left out, and the walk goes on, so that one reading finds all faults.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ class Findings:
     """What a walk over raw data noted."""
 
     faults: list[Fault] = field(default_factory=list)
-    auto_keys: list[str] = field(default_factory=list)
+    autos: dict[Path, Path] = field(default_factory=dict)  # of keys left to "auto": path in the schema -> as written
     written: dict[Path, Path] = field(default_factory=dict)  # path in the schema -> path as the user wrote it
 
     def path_as_written(self, path: Path) -> Path:
@@ -42,6 +42,7 @@ class Normaliser:
     """Walks raw data beside the schema `root`."""
 
     root: type[Block]
+    fillable: Callable[[Path], bool] = lambda _: False  # whether somebody above the engine replaces "auto" at a path
     findings: Findings = field(default_factory=Findings)
 
     def block(self, block: type[Block], raw: Mapping[Any, Any], path: Path = (), written: Path = ()) -> dict[str, Any]:
@@ -72,9 +73,9 @@ class Normaliser:
             effect = effect_of(field)
             if _is_auto(value):
                 if field.default != AUTO:
-                    self._auto(effect, written)
+                    self._auto(effect, path, written)
             elif isinstance(value, Mapping) and isinstance(effect, Acts):
-                data[name] = self._arguments(value, written)
+                data[name] = self._arguments(value, path, written)
             else:
                 data[name] = self._plain(value, written)
             return
@@ -86,18 +87,20 @@ class Normaliser:
         else:
             self._fault(written, f"found {shown(value)}, expected a block {{...}} of keys.")
 
-    def _auto(self, effect: Effect, written: Path) -> None:
+    def _auto(self, effect: Effect, path: Path, written: Path) -> None:
         """Leave the key at its default, from which the engine chooses; or say that nobody can choose."""
-        if isinstance(effect, Acts) and effect.auto:
-            self.findings.auto_keys.append(dotted(written))
+        if (isinstance(effect, Acts) and effect.auto) or self.fillable(path):
+            self.findings.autos[path] = written
         elif not isinstance(effect, NoEffect):
             self._fault(written, _AUTO_REFUSED)
 
-    def _arguments(self, value: Mapping[Any, Any], written: Path) -> Any:
-        """Return a copy of the keyword arguments of an optimizer or scheduler; nobody fills an "auto" there."""
+    def _arguments(self, value: Mapping[Any, Any], path: Path, written: Path) -> Any:
+        """Return a copy of the keyword arguments of an optimizer or scheduler; the engine fills no "auto" there."""
         data = {}
         for key, item in value.items():
-            if _is_auto(item):
+            if _is_auto(item) and isinstance(key, str) and self.fillable((*path, key)):
+                self.findings.autos[(*path, key)] = (*written, key)
+            elif _is_auto(item):
                 self._fault((*written, key), _AUTO_REFUSED)
             else:
                 data[key] = item
