@@ -19,7 +19,7 @@ bin := $(venv)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq install
 torch := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all lint docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,12 @@ test: lint ## lint, then the tests but the slow ones
 
 test-all: lint ## lint, then every test
 	@$(bin)/python -m pytest $(PYTEST_ARGS)
+
+docs: $(ready) ## write what is made of the config's schema: docs/configuration.md and the JSON Schema
+	@$(bin)/python -m shardwise.config.document > docs/configuration.md.new
+	@mv docs/configuration.md.new docs/configuration.md
+	@$(bin)/python -m shardwise.config.json_schema > docs/deepspeed-config.schema.json.new
+	@mv docs/deepspeed-config.schema.json.new docs/deepspeed-config.schema.json
 
 bench: $(ready) ## speed and memory beside other engines (peers that are not installed are skipped and named)
 	@$(bin)/python -m bench.training $(ARGS)

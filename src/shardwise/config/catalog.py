@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from shardwise.config.effects import Acts, Alias, Effect, NoEffect, Unsupported
+from shardwise.config.effects import Acts, Alias, DeepSpeedDefault, Effect, NoEffect, Unsupported
 from shardwise.config.values import Block
 
 
@@ -19,11 +19,23 @@ class Key:
     aliases: tuple[str, ...]  # other names of the last part of the path
     default: Any
     effect: Effect
+    required: bool = False  # it has no default; its block needs it
+    deepspeed: DeepSpeedDefault | None = None  # where DeepSpeed's default is another one
 
     @property
     def dotted(self) -> str:
         """The path as users write it: ``zero_optimization.stage``."""
         return ".".join(self.path)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One block at its place, with the keys that stand directly in it."""
+
+    path: tuple[str, ...]  # empty for the root
+    aliases: tuple[str, ...]  # other names of the last part of the path
+    block: type[Block]
+    keys: tuple[Key, ...]
 
 
 def nested_block(field: FieldInfo) -> type[Block] | None:
@@ -61,8 +73,25 @@ def keys_of(block: type[Block], path: tuple[str, ...] = ()) -> Iterator[Key]:
         if inner is not None:
             yield from keys_of(inner, (*path, name))
         else:
-            default = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
-            yield Key((*path, name), aliases_of(field), default, effect_of(field))
+            yield _key((*path, name), field)
+
+
+def sections_of(block: type[Block], path: tuple[str, ...] = (), aliases: tuple[str, ...] = ()) -> Iterator[Section]:
+    """Walk `block` and the blocks inside it; a block comes before those inside it."""
+    fields = block.model_fields.items()
+    keys = tuple(_key((*path, name), field) for name, field in fields if nested_block(field) is None)
+    yield Section(path, aliases, block, keys)
+    for name, field in fields:
+        inner = nested_block(field)
+        if inner is not None:
+            yield from sections_of(inner, (*path, name), aliases_of(field))
+
+
+def _key(path: tuple[str, ...], field: FieldInfo) -> Key:
+    required = field.is_required()
+    default = None if required else field.get_default(call_default_factory=True, validated_data={})
+    deepspeed = next((mark for mark in field.metadata if isinstance(mark, DeepSpeedDefault)), None)
+    return Key(path, aliases_of(field), default, effect_of(field), required, deepspeed)
 
 
 @cache

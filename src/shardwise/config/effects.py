@@ -24,6 +24,7 @@ class Acts:
 
     meaning: str
     auto: str = ""  # what the engine chooses for "auto"; empty: the engine cannot choose, "auto" is a fault
+    cost: str = ""  # what the value does to memory, traffic or speed; empty: nothing that could be measured
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,14 @@ class Alias:
     """A second name under which the key is accepted."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class DeepSpeedDefault:
+    """A config without the key means something else to DeepSpeed 0.19: there it has the default `value`.
+
+    `note` says what to do about it, or what the same value means there.
+    """
+
+    value: Any
+    note: str = ""

@@ -31,14 +31,29 @@ def load_config(source: str | FilePath | Mapping[str, Any] | None) -> EngineConf
     or None for a config of defaults. Raises one ConfigError that lists all faults. Keys that are known but do not act
     are named, with reasons, in one warning of the logger ``shardwise.config``.
     """
-    read = open_source(source)
+    return load_source(open_source(source))
+
+
+def load_source(read: Source) -> EngineConfig:
+    """Check a config that was read before, as `load_config` does."""
+    config, warning = load_silently(read)
+    warn(warning)
+    return config
+
+
+def load_silently(read: Source) -> tuple[EngineConfig, str]:
+    """`load_source`, with the text of its warning (empty for none) for a caller who knows which rank shall say it."""
     checked = check(read, EngineConfig, broken_rules)
     checked.raise_faults([*checked.faults, *checked.refused])
-    if checked.idle:
-        _logger.warning("%s", checked.idle_keys())
     config = checked.block
     config._auto_keys = checked.auto_keys
-    return config
+    return config, checked.idle_keys() if checked.idle else ""
+
+
+def warn(warning: str) -> None:
+    """Say what `load_silently` found, if it found something."""
+    if warning:
+        _logger.warning("%s", warning)
 
 
 def open_source(source: str | FilePath | Mapping[str, Any] | None) -> Source:

@@ -16,6 +16,7 @@ from shardwise.config.messages import Fault, Path, dotted, nearest, shown
 from shardwise.config.values import Block
 
 AUTO = "auto"
+SCHEMA_OF_EDITORS = "$schema"
 _AUTO_REFUSED = (
     'found "auto", but the engine alone has no way to choose this. Write the value, or remove the key for the default.'
 )
@@ -52,8 +53,10 @@ class Normaliser:
         names = names_in(block)
         for key, value in raw.items():
             if not isinstance(key, str):
-                self._fault(written, _key_is_no_string(key))
+                self._fault((*written, str(key)), _key_is_no_string(key))
                 continue
+            if key == SCHEMA_OF_EDITORS and not path:
+                continue  # it tells editors where the JSON Schema is
             if key not in names:
                 self._fault((*written, key), self._unknown(block, key))
                 continue

@@ -9,7 +9,9 @@ from shardwise.config.schema import EngineConfig
 def broken_rules(config: EngineConfig) -> Iterator[Fault]:
     """Yield a fault for every rule that the config breaks."""
     yield from _one_compute_dtype(config)
+    yield from _autocast_or_compute_dtype(config)
     yield from _room_for_the_loss_scale(config)
+    yield from _one_division(config)
 
 
 def _one_compute_dtype(config: EngineConfig) -> Iterator[Fault]:
@@ -20,13 +22,30 @@ def _one_compute_dtype(config: EngineConfig) -> Iterator[Fault]:
         )
 
 
+def _autocast_or_compute_dtype(config: EngineConfig) -> Iterator[Fault]:
+    if config.torch_autocast.enabled and config.compute_dtype != "fp32":
+        yield Fault(
+            ("torch_autocast", "enabled"),
+            f"found true, and {config.compute_dtype}.enabled is true as well: under autocast parameters stay in fp32. "
+            "Set one of the two to false.",
+        )
+
+
 def _room_for_the_loss_scale(config: EngineConfig) -> Iterator[Fault]:
     fp16 = config.fp16
-    if not fp16.enabled or fp16.loss_scale > 0:
+    if not config.scales_loss or fp16.loss_scale > 0:
         return  # no dynamic scale, so its bounds are not in use
     if fp16.min_loss_scale > 2.0**fp16.initial_scale_power:
         yield Fault(
             ("fp16", "min_loss_scale"),
             f"found {fp16.min_loss_scale:g}, expected at most 2^initial_scale_power = {2**fp16.initial_scale_power}, "
             "where the scale starts. Lower it, or raise initial_scale_power.",
+        )
+
+
+def _one_division(config: EngineConfig) -> Iterator[Fault]:
+    if config.prescale_gradients and config.gradient_allreduce_op == "sum":
+        yield Fault(
+            ("prescale_gradients",),
+            'found true, and gradient_allreduce_op is "sum", which divides nothing. Drop one of the two.',
         )

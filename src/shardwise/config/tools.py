@@ -1,16 +1,12 @@
-"""Blocks of tools around training: none of them acts, and none of them can change a result."""
+"""Blocks of tools around training: what they do is seen in logs and files, never in a result."""
 
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from shardwise.config.effects import NoEffect, Unsupported
+from shardwise.config.effects import Acts, NoEffect, Unsupported
 from shardwise.config.values import Block, Count, Foreign, Name, Names, NonNegative, PositiveCount, SignedCount
 
-_TRACKER = NoEffect("the engine writes no logs of its own; log engine.get_lr() and the loss from the script")
-_TRACKER_DETAIL = NoEffect("read only by a tracker that is enabled", warns=False)
-_PROFILE = NoEffect("the engine has no profiler of its own; torch.profiler shows its collectives by name")
-_PROFILE_DETAIL = NoEffect("read only by a profiler that is enabled", warns=False)
 _NO_NVME = NoEffect("nothing is read from or written to NVMe")
 _NO_FILES = NoEffect("the engine writes no checkpoint files; the script saves engine.state_dict()")
 _RECOMPUTE = NoEffect(
@@ -19,51 +15,72 @@ _RECOMPUTE = NoEffect(
 _COMPILE_DETAIL = NoEffect("read only with compile.deepcompile", warns=False)
 
 
-class TrackerConfig(Block):
-    """TensorBoard, CSV files, Weights & Biases or Comet."""
+class FileTrackerConfig(Block):
+    """CSV files or TensorBoard: loss, learning rate and loss scale of each step, by samples seen."""
 
-    enabled: Annotated[bool, _TRACKER] = False
-    output_path: Annotated[str | None, _TRACKER_DETAIL] = None
-    job_name: Annotated[str | None, _TRACKER_DETAIL] = None
-    group: Annotated[str | None, _TRACKER_DETAIL] = None
-    team: Annotated[str | None, _TRACKER_DETAIL] = None
-    project: Annotated[str | None, _TRACKER_DETAIL] = None
-    workspace: Annotated[str | None, _TRACKER_DETAIL] = None
-    api_key: Annotated[str | None, _TRACKER_DETAIL] = None
-    experiment_name: Annotated[str | None, _TRACKER_DETAIL] = None
-    experiment_key: Annotated[str | None, _TRACKER_DETAIL] = None
-    online: Annotated[bool | None, _TRACKER_DETAIL] = None
-    mode: Annotated[str | None, _TRACKER_DETAIL] = None
-    samples_log_interval: Annotated[PositiveCount, _TRACKER_DETAIL] = 100
+    enabled: Annotated[bool, Acts("rank 0 writes the events of each step")] = False
+    output_path: Annotated[str, Acts("directory of the job's directory; empty is the working directory")] = ""
+    job_name: Annotated[Name, Acts("name of the directory that holds the files")] = "DeepSpeedJobName"
+
+
+class WandbConfig(Block):
+    """Weights & Biases: the same events."""
+
+    enabled: Annotated[bool, Acts("rank 0 logs the events of each step, to the script's own run if it began one")] = (
+        False
+    )
+    group: Annotated[str | None, Acts("group of the run")] = None
+    team: Annotated[str | None, Acts("the entity that owns the run")] = None
+    project: Annotated[str, Acts("project of the run")] = "deepspeed"
+
+
+class CometConfig(Block):
+    """Comet: the same events."""
+
+    enabled: Annotated[bool, Acts("rank 0 logs the events of each step")] = False
+    samples_log_interval: Annotated[PositiveCount, Acts("samples between two values of one metric")] = 100
+    project: Annotated[str | None, Acts("project of the experiment")] = None
+    workspace: Annotated[str | None, Acts("workspace of the experiment")] = None
+    api_key: Annotated[str | None, Acts("passed to Comet; no log of ours shows it")] = None
+    experiment_name: Annotated[str | None, Acts("name of the experiment")] = None
+    experiment_key: Annotated[str | None, Acts("the experiment to create or to go on with")] = None
+    online: Annotated[bool | None, Acts("false writes to disk; null is Comet's choice")] = None
+    mode: Annotated[str | None, Acts('"get", "create" or "get_or_create"; null is Comet\'s choice')] = None
 
 
 class FlopsProfilerConfig(Block):
-    """Counting of floating-point operations."""
+    """Counting of floating-point operations, in one step."""
 
-    enabled: Annotated[bool, _PROFILE] = False
-    recompute_fwd_factor: Annotated[NonNegative, _PROFILE_DETAIL] = 0.0
-    profile_step: Annotated[Count, _PROFILE_DETAIL] = 1
-    module_depth: Annotated[SignedCount, _PROFILE_DETAIL] = -1
-    top_modules: Annotated[Count, _PROFILE_DETAIL] = 1
-    detailed: Annotated[bool, _PROFILE_DETAIL] = True
-    output_file: Annotated[str | None, _PROFILE_DETAIL] = None
+    enabled: Annotated[bool, Acts("rank 0 profiles one micro-batch of one step, by torch's counter")] = False
+    recompute_fwd_factor: Annotated[
+        NonNegative, NoEffect("backward is counted as it runs, with what it recomputes; nothing is estimated")
+    ] = 0.0
+    profile_step: Annotated[Count, Acts("the step that is profiled, counted from 0")] = 1
+    module_depth: Annotated[SignedCount, Acts("modules are listed down to this depth; -1 is all")] = -1
+    top_modules: Annotated[Count, Acts("classes of modules named for each depth")] = 1
+    detailed: Annotated[bool, Acts("print the table of modules too, not the totals alone")] = True
+    output_file: Annotated[str | None, Acts("the file that the profile goes to; null is the log")] = None
 
 
 class CommsLoggerConfig(Block):
     """Log of collectives."""
 
-    enabled: Annotated[bool, _PROFILE] = False
-    verbose: Annotated[bool, _PROFILE_DETAIL] = False
-    prof_all: Annotated[bool, _PROFILE_DETAIL] = True
-    debug: Annotated[bool, _PROFILE_DETAIL] = False
-    prof_ops: Annotated[Names, _PROFILE_DETAIL] = ()
+    enabled: Annotated[
+        bool, Acts("count and time collectives for engine.comms_summary(), which is logged when the engine is closed")
+    ] = False
+    verbose: Annotated[bool, Acts("rank 0 logs each of its collectives as it ends")] = False
+    prof_all: Annotated[bool, Acts("log all operations, not those of prof_ops alone")] = True
+    debug: Annotated[bool, Acts("tell the collectives of each unit apart")] = False
+    prof_ops: Annotated[Names, Acts("what is logged without prof_all: all_gather, reduce_scatter, exchange")] = ()
 
 
 class ThroughputTimerConfig(Block):
     """The timer of samples a second."""
 
-    enabled: Annotated[bool, _PROFILE] = True
-    synchronized: Annotated[bool, _PROFILE_DETAIL] = True
+    enabled: Annotated[bool, Acts("lines of steps_per_print hold samples a second")] = True
+    synchronized: Annotated[
+        bool, NoEffect("the rate is taken between two lines by the host's clock; the device is not waited for")
+    ] = True
 
 
 class TimersConfig(Block):

@@ -52,4 +52,5 @@ Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_frozen_list)]
 Dtype = Literal["fp32", "fp16", "bf16"]
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 Foreign = dict[str, Any]  # the block of a feature that is not here: its inside is not ours to judge

@@ -5,13 +5,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from shardwise.config.effects import Acts, Alias, NoEffect, Unsupported, switched_off
+from shardwise.config.effects import Acts, Alias, DeepSpeedDefault, NoEffect, Unsupported, switched_off
 from shardwise.config.values import Block, Count, Foreign, Names, NonNegative, PositiveCount, SignedCount, Stage
 
 _STAYS = "every model state stays on the training device"
 _OFFLOAD_DETAIL = NoEffect("read only when the block's device is cpu or nvme", warns=False)
 _NO_CHECKPOINT = "it steers the loading of DeepSpeed's checkpoint files, which the engine does not read"
 _WHOLE_UNITS = "units are gathered whole; name their classes in shardwise.unit_classes or leaf_module"
+
+_UNIT_SIZE = "a larger unit takes larger whole-parameter and gradient buffers, and fewer collectives"
 
 _Device = Literal["none", "cpu", "nvme"]
 
@@ -54,62 +56,127 @@ class OffloadOptimizerConfig(Block):
 class LeafModuleConfig(Block):
     """Modules that are gathered as one unit, with all that is inside them."""
 
-    classes: Annotated[Names, Acts("class names, bare or with their module path")] = ()
-    names: Annotated[Names, Acts("names of modules as in named_modules()")] = ()
-    name_suffixes: Annotated[Names, Acts("ends of such names")] = ()
+    classes: Annotated[
+        Names,
+        Acts("class names, bare or with their module path", cost=_UNIT_SIZE),
+        DeepSpeedDefault(
+            ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock"),
+            "ranks that take different experts need no such setting here",
+        ),
+    ] = ()
+    names: Annotated[Names, Acts("names of modules as in named_modules()", cost=_UNIT_SIZE)] = ()
+    name_suffixes: Annotated[Names, Acts("ends of such names", cost=_UNIT_SIZE)] = ()
 
 
 class ZeroConfig(Block):
     """What is sharded, and how the shards travel. Sizes are elements, not bytes."""
 
     stage: Annotated[
-        Stage, Acts("sharded over ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters")
+        Stage,
+        Acts(
+            "sharded over ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters",
+            cost="bytes at rest in fp32 with Adam at stages 0 to 3: 16 P, 8 P + 8 P/W, 4 P + 12 P/W, 16 P/W; bytes "
+            "received a step at stage 0: b P + 4 P, 1: 2 b P, 2: (g + 1) b P, 3: at most 3 g b P",
+        ),
     ] = 0
     reduce_bucket_size: Annotated[
         PositiveCount,
-        Acts("most elements that are reduced at a time; a larger unit takes several rounds", auto="500,000,000"),
+        Acts(
+            "most elements that are reduced at a time; a larger unit takes several rounds",
+            auto="5e8",
+            cost="received slices of a unit between gloo messages: at most b size (W - 1)/W bytes; nothing of this "
+            "size is allocated in advance",
+        ),
     ] = 500_000_000
     allgather_bucket_size: Annotated[
-        PositiveCount, Acts("most elements of stepped parameters that are gathered at a time", auto="500,000,000")
+        PositiveCount,
+        Acts(
+            "most elements of stepped parameters that are gathered at a time",
+            auto="5e8",
+            cost="gathers land in place, so no memory; a smaller size takes more messages",
+        ),
     ] = 500_000_000
     overlap_comm: Annotated[
         bool | None,
-        Acts("reduce while backward goes on; null lets the engine choose", auto="on where it can help"),
+        Acts(
+            "reduce while backward goes on; null lets the engine choose",
+            auto="on where it can help",
+            cost="on, at stages 2 and 3: while a unit's gradients travel, the next unit's fill a second buffer",
+        ),
+        DeepSpeedDefault(None, "null is true at stage 3 and false below it"),
     ] = None
-    contiguous_gradients: Annotated[bool, Acts("gradients lie in one flat buffer a unit")] = True
-    reduce_scatter: Annotated[bool, Acts("reduce each slice to its owner; false reduces whole units to all ranks")] = (
-        True
-    )
+    contiguous_gradients: Annotated[
+        bool,
+        Acts(
+            "gradients lie in one flat buffer a unit",
+            cost="false, at stages 2 and 3: a unit's gradients stand twice while they are copied for their reduction",
+        ),
+    ] = True
+    reduce_scatter: Annotated[
+        bool,
+        Acts(
+            "reduce each slice to its owner; false reduces whole units to all ranks",
+            cost="false: 2 b P bytes of gradients a reduction instead of b P",
+        ),
+    ] = True
     allgather_partitions: Annotated[
-        bool, Acts("publish stepped parameters by all-gather; false broadcasts them from each owner")
+        bool,
+        Acts(
+            "publish stepped parameters by all-gather; false broadcasts them from each owner",
+            cost="false: the same bytes in W messages instead of one",
+        ),
     ] = True
     stage3_prefetch_bucket_size: Annotated[
         Count | None,
-        Acts("elements gathered ahead of use; null is one unit ahead", auto="one unit ahead"),
+        Acts(
+            "elements gathered ahead of use; null is one unit ahead",
+            auto="one unit ahead",
+            cost="at most b size bytes of whole parameters beyond the running unit; nothing over shared memory, which "
+            "gathers no sooner than needed",
+        ),
         Alias("prefetch_bucket_size"),
+        DeepSpeedDefault(50_000_000),
     ] = None
     stage3_param_persistence_threshold: Annotated[
         Count | None,
-        Acts("parameters with fewer elements stay whole on every rank; null is 0", auto="0"),
+        Acts(
+            "parameters with fewer elements stay whole on every rank; null is 0",
+            auto="0",
+            cost="each of them rests and travels as at stage 2: b bytes an element on every rank, no gather in passes",
+        ),
         Alias("param_persistence_threshold"),
+        DeepSpeedDefault(100_000),
     ] = None
     stage3_max_live_parameters: Annotated[
         Count | None,
-        Acts("prefetch stops where gathered elements would pass this; null is no bound", auto="no bound"),
+        Acts(
+            "prefetch stops where gathered elements would pass this; null is no bound",
+            auto="no bound",
+            cost="at most b size bytes of whole parameters, or what the root and the running unit take",
+        ),
         Alias("max_live_parameters"),
+        DeepSpeedDefault(1_000_000_000),
     ] = None
     stage3_max_reuse_distance: Annotated[
         Count | None,
         Acts(
             "a unit used again within this many elements stays gathered; null is only the last unit of forward",
             auto="the last unit of forward",
+            cost="about b size/2 bytes of whole parameters from forward to backward, each saved one of its two gathers",
         ),
         Alias("max_reuse_distance"),
+        DeepSpeedDefault(1_000_000_000, "it keeps every unit of a smaller model whole from forward to backward"),
     ] = None
     sub_group_size: Annotated[
-        PositiveCount, Acts("most elements of one tensor that the optimizer steps", auto="1,000,000,000")
+        PositiveCount,
+        Acts(
+            "most elements of one tensor that the optimizer steps",
+            auto="1e9",
+            cost="bounds the temporaries of an optimizer that steps tensor by tensor; fused steps have none; on the "
+            "CPU pieces never exceed 2^18 elements",
+        ),
     ] = 1_000_000_000
-    zero_leaf_modules: Annotated[Names, Acts("class names, as leaf_module.classes")] = ()
+    zero_leaf_modules: Annotated[Names, Acts("class names, as leaf_module.classes", cost=_UNIT_SIZE)] = ()
     leaf_module: LeafModuleConfig = Field(default_factory=LeafModuleConfig)
 
     offload_param: OffloadParamConfig = Field(default_factory=OffloadParamConfig)

@@ -64,8 +64,10 @@ class Hooks:
         self._backward = -1
         self._reducing = False
         self._handles: list[RemovableHandle] = []
+        shards = any(unit.is_sharded for unit in units)
         for unit in units:
-            if unit.is_sharded:
+            # The root's forward is the schedule's whole pass, also where all of its own parameters stay whole.
+            if unit.is_sharded or (shards and unit is root):
                 self._watch_module(unit)
             self._watch_gradients(unit)
 

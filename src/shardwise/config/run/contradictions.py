@@ -1,6 +1,6 @@
-"""Two mentions of one setting that differ, and what the user reads about them."""
+"""Mentions that cannot hold together, and what the user reads about them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,3 +37,18 @@ def code_against_flags(asked: Asked) -> Iterator[Pair]:
             pair = Pair(name, flag, code)
             if not pair.agrees:
                 yield pair
+
+
+def misfits(values: Mapping[str, Said]) -> Iterator[str]:
+    """Settings that only fit each other or not once it is known who wins: a flag and the YAML share them out."""
+    processes, machines, rank = (values[name] for name in ("num_processes", "num_machines", "machine_rank"))
+    if processes.value is not None and processes.value % machines.value:
+        yield (
+            f"num_processes is {processes}, expected a multiple of num_machines, which is {machines}: it counts the "
+            "processes of all machines, and each machine runs as many as the others."
+        )
+    if rank.value >= machines.value:
+        yield (
+            f"machine_rank is {rank}, expected less than num_machines, which is {machines}: machines count from 0. "
+            "Set both."
+        )

@@ -42,11 +42,16 @@ def read_run_file(path: FilePath) -> Checked[RunConfig]:
 
 def checked_run(source: Source) -> Checked[RunConfig]:
     """Check a run's settings; ConfigError with all faults."""
-    if source.data is None:
-        source.data = {}  # an empty file
-    checked = check(source, RunConfig, _broken_rules)
+    checked = check_run(source)
     checked.raise_faults([*checked.faults, *checked.refused])
     return checked
+
+
+def check_run(source: Source) -> Checked[RunConfig]:
+    """Check a run's settings; the faults are the caller's to judge."""
+    if source.data is None:
+        source.data = {}  # an empty file
+    return check(source, RunConfig, _broken_rules)
 
 
 def mentions_of(checked: Checked[RunConfig], origin: Origin, place_of: Callable[[Path], str]) -> dict[str, Said]:
@@ -71,20 +76,34 @@ def file_mentions(checked: Checked[RunConfig]) -> dict[str, Said]:
 
 
 def flag_mentions(flags: Mapping[str, Any]) -> dict[str, Said]:
-    """What flags say; `flags` holds each given one by the name of its setting, as plain YAML would hold it.
+    """What flags say; `flags` holds each given one by the name of its setting, as a YAML would hold it.
 
     Raises ConfigError with all faults, in the spelling of the command line.
     """
-    section = {name: value for name, value in flags.items() if name in PluginConfig.model_fields}
-    data = {name: value for name, value in flags.items() if name not in section}
-    checked = check(
-        Source("The command line", {**data, SECTION: section} if section else data), RunConfig, _broken_rules
-    )
+    return _mentions("The command line", flags, Origin.FLAG, lambda name: f"--{name}")
+
+
+def code_mentions(owner: str, arguments: Mapping[str, Any]) -> dict[str, Said]:
+    """What a script says by the arguments of `owner`, such as DeepSpeedPlugin; ConfigError with all faults."""
+    return _mentions(owner, arguments, Origin.CODE, lambda name: f"{owner}({name}=...)")
+
+
+def _mentions(
+    source: str, settings: Mapping[str, Any], origin: Origin, place_of: Callable[[str], str]
+) -> dict[str, Said]:
+    section = {name: value for name, value in settings.items() if name in PluginConfig.model_fields}
+    data = {name: value for name, value in settings.items() if name not in section}
+    checked = check(Source(source, data | ({SECTION: section} if section else {})), RunConfig, _broken_rules)
     faults = [*checked.faults, *checked.refused]
     if faults:
-        rows = (f"\n  --{fault.path[-1]}: {fault.text}" for fault in faults)
-        raise ConfigError(f"The command line has {len(faults)} fault{'s' * (len(faults) > 1)}:{''.join(rows)}")
-    return mentions_of(checked, Origin.FLAG, lambda path: f"--{path[-1]}")
+        rows = (f"\n  {place_of(_setting_at(fault.path))}: {fault.text}" for fault in faults)
+        raise ConfigError(f"{source} has {len(faults)} fault{'s' * (len(faults) > 1)}:{''.join(rows)}")
+    return mentions_of(checked, origin, lambda path: place_of(str(path[-1])))
+
+
+def _setting_at(path: Path) -> str:
+    """The setting that a path leads to, or into."""
+    return str(path[1] if path[0] == SECTION and path[1:] else path[0])
 
 
 def setting_names() -> Iterator[str]:
@@ -118,14 +137,7 @@ def _broken_rules(run: RunConfig) -> Iterable[Fault]:
             f"holds {', '.join(sorted(section))}, which distributed_type: {kind} leaves unread. "
             "Write distributed_type: DEEPSPEED, or remove them.",
         )
-    if run.num_processes is not None and run.num_processes % run.num_machines:
+    if run.fp16 and "mixed_precision" in run.model_fields_set and run.mixed_precision != "fp16":
         yield Fault(
-            ("num_processes",),
-            f"found {run.num_processes}, expected a multiple of num_machines ({run.num_machines}): it counts the "
-            "processes of all machines, and each machine runs as many as the others.",
-        )
-    if run.machine_rank >= run.num_machines:
-        yield Fault(
-            ("machine_rank",),
-            f"found {run.machine_rank}, expected less than num_machines ({run.num_machines}): machines count from 0.",
+            ("fp16",), f'found true, and mixed_precision is "{run.mixed_precision}"; expected one of them. Remove fp16.'
         )

@@ -30,12 +30,16 @@ def gather(
 
 def read_json(named: Said, file: str | None = None) -> Source:
     """Read the DeepSpeed JSON that a setting names: from the working directory, else from beside the YAML."""
-    path = FilePath(named.value).expanduser()
-    beside = FilePath(file).parent / path if file is not None and named.origin is Origin.FILE else path
-    found = path if path.exists() or not beside.exists() else beside
-    if not found.is_file():
+    try:
+        path = FilePath(named.value).expanduser()
+        beside = FilePath(file).parent / path if file is not None and named.origin is Origin.FILE else path
+        found = next((place for place in (path, beside) if place.is_file()), None)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that nobody has
+        raise ConfigError(f"deepspeed_config_file ({named.place}) cannot be read: {error}.") from None
+    if found is None:
+        looked = " nor ".join(dict.fromkeys(str(place.absolute()) for place in (path, beside)))
         raise ConfigError(
-            f"deepspeed_config_file is {named}, and there is no such file in {FilePath.cwd()}. "
+            f"deepspeed_config_file is {named.value} ({named.place}), and there is no file {looked}. "
             "Give the path of a DeepSpeed JSON."
         )
     return read_source(found)

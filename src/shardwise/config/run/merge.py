@@ -75,14 +75,15 @@ class Merge:
 
     def _setting(self, name: str, path: Path) -> None:
         said = self.asked.said(name)
-        silent = said is None or said.value in (None, ())
+        meant = said and _meant(name, said)
         if path in self.typed:
-            self._json_speaks(name, self._own(path), self.asked.mentions.get(name, ()))
+            mentions = (_meant(name, mention) for mention in self.asked.mentions.get(name, ()))
+            self._json_speaks(name, self._own(path), [mention for mention in mentions if mention])
         elif path in self.checked.findings.autos:
-            if not (silent and name in _LEFT_TO_PREPARE):
-                self._write(path, self.values[name])
-        elif not silent:
-            self._write(path, self.values[name])
+            if meant or name not in _LEFT_TO_PREPARE:
+                self._write(path, meant or self.values[name])
+        elif meant:
+            self._write(path, meant)
         elif said is None:
             self.values[name] = Said(_field(EngineConfig(), path), Origin.DEFAULT, "default of the JSON")
 
@@ -144,6 +145,13 @@ class Merge:
             lines.append("To mend it, leave them out beside the JSON.")
         lines.append('Or write "auto" at these keys of the JSON, and it takes the other value.')
         return "\n".join(lines)
+
+
+def _meant(name: str, said: Said) -> Said | None:
+    """What a mention says to the JSON: null is "no clipping", any other null and an empty list say nothing."""
+    if said.value not in (None, ()):
+        return said
+    return replace(said, value=0.0) if name == "gradient_clipping" else None
 
 
 def _field(block: Any, path: Path) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardwise.config.messages import Path
-from shardwise.config.run.contradictions import code_against_flags
+from shardwise.config.run.contradictions import code_against_flags, misfits
 from shardwise.config.run.file import default_of, setting_names
 from shardwise.config.run.merge import Merge
 from shardwise.config.run.nested import get, put
@@ -44,6 +44,8 @@ def resolve(asked: Asked) -> Resolved:
     if contradictions:
         lines = ["The command line and the script contradict each other:", *contradictions]
         raise ConfigError("\n".join([*lines, "Leave the flag out, or change the script."]))
+    if unfit := list(misfits(values)):
+        raise ConfigError("\n".join(unfit))
     if not wants_zero(asked):
         return Resolved(values)
     if asked.json is None:

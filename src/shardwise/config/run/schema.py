@@ -65,7 +65,7 @@ MultinodeLauncher = Literal["pdsh", "standard", "openmpi", "mpich", "mvapich", "
 
 _FOREIGN = Unsupported("this way of training is not here; ZeRO stage 3 shards what it shards", neutral=_asks_nothing)
 _TPU = Unsupported("there is no TPU support", neutral=_asks_nothing)
-_MACHINES = "read only with several machines"
+_MACHINES = "no list of machines is read, and with several machines it is refused"
 
 
 class PluginConfig(Block):
@@ -97,8 +97,9 @@ class PluginConfig(Block):
     deepspeed_exclusion_filter: Annotated[Text, NoEffect(_MACHINES, warns=False)] = None
     deepspeed_inclusion_filter: Annotated[Text, NoEffect(_MACHINES, warns=False)] = None
     deepspeed_multinode_launcher: Annotated[
-        MultinodeLauncher, Acts("how processes on other machines are started; standard: the same command on each")
-    ] = "pdsh"
+        MultinodeLauncher,
+        Acts("how processes on other machines are started; only standard: by hand, by the same command on each"),
+    ] = "standard"
 
 
 class RunConfig(Block):
@@ -112,7 +113,9 @@ class RunConfig(Block):
     num_machines: Annotated[PositiveCount, Acts("machines of the run")] = 1
     machine_rank: Annotated[Count, Acts("which of the machines this is, from 0")] = 0
     main_process_ip: Annotated[str | None, Acts("address of machine 0, as the others reach it")] = None
-    main_process_port: Annotated[Port | None, Acts("port where ranks meet; null or 0 is a free one")] = None
+    main_process_port: Annotated[
+        Port | None, Acts("port where ranks meet; null or 0 is a free one, on a single machine")
+    ] = None
     same_network: Annotated[Switch, Acts("false: machines meet through rdzv_backend")] = True
     rdzv_backend: Annotated[Literal["static", "c10d"], Acts("how machines find each other")] = "static"
     gpu_ids: Annotated[Text, Acts("the GPUs to use, such as 0,2; null or all is every one")] = None

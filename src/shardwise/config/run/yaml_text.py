@@ -5,13 +5,18 @@ Accelerate's own files hold matter: true, false, null, numbers and strings.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
 
-from shardwise.config.messages import Fault, Path
+from shardwise.config.messages import Fault, Path, shown
 from shardwise.config.source import Source
 from shardwise.errors import ConfigError
+
+_DEEPEST = 64  # blocks inside each other
+_MOST = 10_000  # values
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,49 +51,94 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 def parse_yaml(text: str, name: str) -> Source:
     """Parse a YAML text; ConfigError with line and column where the syntax is broken."""
-    source = Source(name, {})
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        if node is not None:
-            source.data = _plain(loader, node, (), source)
+        return _Reader(name).read(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{name} is not YAML: {where}{error.problem or error.context}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not YAML: {error}.") from None
-    finally:
-        loader.dispose()
-    return source
+        found = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{name} is not YAML: {where}{found}.") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{name} is not YAML: line {line}: found the character #x{error.character:04x}.") from None
+    except RecursionError:
+        raise ConfigError(f"{name} is not YAML: it holds more than {_DEEPEST} blocks inside each other.") from None
 
 
 def read_scalar(text: str) -> Any:
     """The value of one word as it would be read in a file: ``3`` a number, ``true`` a truth value, ``no`` a word."""
+    try:
+        with _loader(text) as loader:
+            node = loader.get_single_node()
+            return _scalar(loader, node) if isinstance(node, yaml.ScalarNode) else text
+    except (yaml.YAMLError, RecursionError):
+        return text
+
+
+@contextmanager
+def _loader(text: str) -> Iterator[_Loader]:
     loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        return loader.construct_object(node) if isinstance(node, yaml.ScalarNode) else text
-    except yaml.YAMLError:
-        return text
+        yield loader
     finally:
         loader.dispose()
 
 
-def _plain(loader: _Loader, node: yaml.Node, path: Path, source: Source) -> Any:
-    if isinstance(node, yaml.MappingNode):
+class _Reader:
+    """From the nodes of one text to plain data. An alias is read as if what it names stood there."""
+
+    def __init__(self, name: str) -> None:
+        self.source = Source(name, None)
+        self.values = 0  # read so far
+
+    def read(self, text: str) -> Source:
+        with _loader(text) as loader:
+            node = loader.get_single_node()
+            if node is not None:
+                self.source.data = self._value(loader, node, ())
+        return self.source
+
+    def _value(self, loader: _Loader, node: yaml.Node, path: Path) -> Any:
+        self.values += 1
+        if self.values > _MOST:  # a few aliases inside each other are worth billions
+            raise _broken(f"found more than {_MOST} values, counting each alias as what it names", node)
+        if len(path) > _DEEPEST:
+            raise _broken(f"expected at most {_DEEPEST} blocks inside each other", node)
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(loader, node)
+        if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            raise _broken(f"found the tag {node.tag}, expected plain data", node)
+        if isinstance(node, yaml.MappingNode):
+            return self._block(loader, node, path)
+        return [self._value(loader, item, (*path, place)) for place, item in enumerate(node.value)]
+
+    def _block(self, loader: _Loader, node: yaml.MappingNode, path: Path) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
+        lines: dict[str, int] = {}
         for key_node, value_node in node.value:
-            key: Any = loader.construct_object(key_node, deep=True)
-            key = key if isinstance(key, str | int | float | bool) or key is None else str(key)
-            here = (*path, str(key))
-            line = key_node.start_mark.line + 1
-            if key in found:
-                places = f"lines {source.lines[here]} and {line}"
-                source.faults.append(Fault(here, f"found twice, on {places}; expected once. Remove one of the two."))
-            source.lines[here] = line
-            found[key] = _plain(loader, value_node, here, source)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _broken("found a block or a list as a key, expected a word", key_node)
+            key = _scalar(loader, key_node)
+            name, line = str(key), key_node.start_mark.line + 1
+            here = (*path, name)
+            if name in lines:
+                places = f"on line {line}" if line == lines[name] else f"on lines {lines[name]} and {line}"
+                text = f"found twice, {places}; expected once. Remove one of the two."
+                self.source.faults.append(Fault(here, text))
+            lines[name] = self.source.lines[here] = line
+            found[key] = self._value(loader, value_node, here)
         return found
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(loader, item, (*path, place), source) for place, item in enumerate(node.value)]
-    return loader.construct_object(node)
+
+
+def _scalar(loader: _Loader, node: yaml.ScalarNode) -> str | int | float | bool | None:
+    try:
+        value = loader.construct_object(node)
+    except (ValueError, LookupError, AttributeError):  # a tag that promises something else; a number of 5000 digits
+        raise _broken(f"found {shown(node.value)}, which is no {node.tag.rpartition(':')[2]}", node) from None
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    raise _broken(f"found the tag {node.tag}, expected true, false, null, a number or text", node)
+
+
+def _broken(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
