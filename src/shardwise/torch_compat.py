@@ -33,6 +33,12 @@ def reduce_scatter_single(shard: torch.Tensor, buffer: torch.Tensor, group: Proc
     return work
 
 
+def store_under(prefix: str) -> Any:
+    """A new connection to the store through which the ranks of the default process group met; its keys begin so."""
+    connection = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    return dist.distributed_c10d.PrefixStore(prefix, connection)
+
+
 def current_backward() -> int:
     """The autograd backward pass (graph task) that the calling thread runs in, -1 outside; nested ones differ."""
     return torch._C._current_graph_task_id()

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from shardwise.errors import CollectiveError
+from shardwise.comm.summary import CommsSummary
+from shardwise.errors import CollectiveError, StateError
 from shardwise.layout import Span
 from shardwise.mesh import Axis
 
@@ -139,6 +140,8 @@ class Communicator(ABC):
         self.rank = axis.rank
         self.size = axis.size
         self.device = device
+        self.factor_after_sum = 1.0 / axis.size
+        """What a sum over ranks is multiplied by: by default that makes it the mean."""
         self._group = axis.group
         self.traffic = Traffic()
         self.log: list[str] = []
@@ -207,6 +210,7 @@ class Communicator(ABC):
     ) -> Pending:
         """``shard`` [my slice] = (or += if ``accumulate``) the mean over ranks of my slice of ``buffer`` [N].
 
+        "Mean" is the sum times ``factor_after_sum``.
         ``buffer`` comes from ``allocate`` or ``borrow``; once the result was waited for it may be given back, and may
         be written again after ``settle`` or the next ``exchange``. ``shard`` may be my slice of ``buffer``, but not if
         it accumulates.
@@ -244,6 +248,17 @@ class Communicator(ABC):
         """A backward pass was given up on every rank: forget what not all ranks started, and end what is still lent."""
         self.log.clear()
 
+    def summary(self) -> CommsSummary:
+        """What this rank took part in so far, where it is logged.
+
+        Raises:
+            StateError: nothing is logged.
+        """
+        raise StateError(
+            "the summary of collectives was asked for, but none were logged. Set comms_logger.enabled to true in the "
+            "configuration."
+        )
+
     def close(self) -> None:
         """Free what the transport holds."""
         self._free.clear()
@@ -257,11 +272,13 @@ def different_paths(rank: int, mine: str, other_rank: int, other: str) -> Collec
     )
 
 
-def mean_into(shard: torch.Tensor, addends: Sequence[torch.Tensor], accumulate: bool) -> None:
+def mean_into(
+    shard: torch.Tensor, addends: Sequence[torch.Tensor], accumulate: bool, factor: float | None = None
+) -> None:
     """``shard`` = (or +=) the mean of ``addends``, summed one after the other in the shard's dtype and divided once.
 
     This order is the specification of the reduction: it depends on ranks alone, not on buckets, layouts or stages.
-    An addend may be ``shard`` itself.
+    An addend may be ``shard`` itself. ``factor`` is what the sum is multiplied by; None: 1/W, which gives the mean.
     """
     in_place_is_safe = all(addend.data_ptr() != shard.data_ptr() for addend in addends[2:])
     total = shard if in_place_is_safe and not accumulate else torch.empty_like(shard)
@@ -275,7 +292,7 @@ def mean_into(shard: torch.Tensor, addends: Sequence[torch.Tensor], accumulate: 
     for addend in addends[2:]:
         total.add_(addend)
     if len(addends) > 1:
-        total.mul_(1.0 / len(addends))
+        total.mul_(1.0 / len(addends) if factor is None else factor)
     if accumulate:
         shard.add_(total)
     elif total is not shard:

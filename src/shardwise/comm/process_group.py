@@ -182,7 +182,7 @@ class OrderedMessages(Communicator):
             messages = self._mailbox.send(identity, outgoing, [a if a.numel() else None for a in addends])
             self.traffic.count("reduce-scatter", mine.nbytes * (self.size - 1))
             local = span.shift(-cuts[self.rank])
-            return _OrderedSum(messages, shard[local.begin : local.end], addends, accumulate)
+            return _OrderedSum(messages, shard[local.begin : local.end], addends, accumulate, self.factor_after_sum)
 
         return InTurn(partial(start, of_ranks) for of_ranks in rounds(cuts, self._buckets.reduce_numel))
 
@@ -196,16 +196,24 @@ def _part(buffer: torch.Tensor, span: Span) -> torch.Tensor | None:
 
 
 class _OrderedSum:
-    def __init__(self, messages: _Messages, shard: torch.Tensor, addends: list[torch.Tensor], accumulate: bool) -> None:
+    def __init__(
+        self,
+        messages: _Messages,
+        shard: torch.Tensor,
+        addends: list[torch.Tensor],
+        accumulate: bool,
+        factor: float,
+    ) -> None:
         self._messages = messages
         self._shard = shard
         self._addends = addends
         self._accumulate = accumulate
+        self._factor = factor
 
     def wait(self) -> None:
         if self._addends:
             self._messages.wait()
-            mean_into(self._shard, self._addends, self._accumulate)
+            mean_into(self._shard, self._addends, self._accumulate, self._factor)
             self._addends = []
 
 
@@ -267,7 +275,7 @@ class Native(Communicator):
         if _even(cuts) and len(spans) == 1:
             total = torch.empty_like(mine)
             work = _NativeWork(identity, torch_compat.reduce_scatter_single(total, buffer, self._tensors))
-            return _NativeSum(work, shard, total, accumulate, self.size)
+            return _NativeSum(work, shard, total, accumulate, self.factor_after_sum)
 
         def start(of_ranks: list[Span]) -> Pending:
             works = [
@@ -277,7 +285,7 @@ class Native(Communicator):
             ]
             return _NativeWork(identity, *works)
 
-        return _NativeSum(InTurn(partial(start, r) for r in spans), shard, mine, accumulate, self.size)
+        return _NativeSum(InTurn(partial(start, r) for r in spans), shard, mine, accumulate, self.factor_after_sum)
 
     def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
         """Host bytes over the gloo group beside."""
@@ -294,7 +302,7 @@ class AllReduceNative(Native):
         mine = self.my_slice(buffer, cuts)
         self.traffic.count("all-reduce", 2 * (buffer.nbytes - mine.nbytes))
         work = _NativeWork(identity, dist.all_reduce(buffer, group=self._tensors, async_op=True))
-        return _NativeSum(work, shard, mine, accumulate, self.size)
+        return _NativeSum(work, shard, mine, accumulate, self.factor_after_sum)
 
 
 class OrderedNative(Native):
@@ -311,7 +319,8 @@ class OrderedNative(Native):
             received, buffer, [mine.numel()] * self.size, send_sizes, group=self._tensors, async_op=True
         )
         self.traffic.count("reduce-scatter", mine.nbytes * (self.size - 1))
-        return _ReceivedSum(_NativeWork(identity, work), shard, received, accumulate, self.size)
+        addends = received.chunk(self.size)
+        return _ReceivedSum(_NativeWork(identity, work), shard, addends, accumulate, self.factor_after_sum)
 
 
 class _NativeWork:
@@ -330,41 +339,43 @@ class _NativeWork:
 
 
 class _NativeSum:
-    def __init__(self, work: Pending, shard: torch.Tensor, total: torch.Tensor, accumulate: bool, size: int) -> None:
+    def __init__(
+        self, work: Pending, shard: torch.Tensor, total: torch.Tensor, accumulate: bool, factor: float
+    ) -> None:
         self._work: Pending | None = work
         self._shard = shard
         self._total: torch.Tensor | None = total
         self._accumulate = accumulate
-        self._size = size
+        self._factor = factor
 
     def wait(self) -> None:
         if self._work is None or self._total is None:
             return
         self._work.wait()
         if self._accumulate:
-            self._shard.add_(self._total, alpha=1.0 / self._size)
+            self._shard.add_(self._total, alpha=self._factor)
         else:
             if self._total.data_ptr() != self._shard.data_ptr():
                 self._shard.copy_(self._total)
-            self._shard.mul_(1.0 / self._size)
+            self._shard.mul_(self._factor)
         self._work = self._total = None
 
 
 class _ReceivedSum:
     def __init__(
-        self, work: _NativeWork, shard: torch.Tensor, received: torch.Tensor, accumulate: bool, size: int
+        self, work: _NativeWork, shard: torch.Tensor, addends: Sequence[torch.Tensor], accumulate: bool, factor: float
     ) -> None:
         self._work: _NativeWork | None = work
         self._shard = shard
-        self._received: torch.Tensor | None = received
+        self._addends = addends
         self._accumulate = accumulate
-        self._size = size
+        self._factor = factor
 
     def wait(self) -> None:
-        if self._work is not None and self._received is not None:
+        if self._work is not None:
             self._work.wait()
-            mean_into(self._shard, self._received.chunk(self._size), self._accumulate)
-            self._work = self._received = None
+            mean_into(self._shard, self._addends, self._accumulate, self._factor)
+            self._work, self._addends = None, ()
 
 
 def _even(cuts: Cuts) -> bool:

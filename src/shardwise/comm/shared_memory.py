@@ -345,9 +345,9 @@ class SharedMemory(Communicator):
         for addend in addends[2:]:
             total.add_(addend)
         if accumulate:
-            shard.add_(total.mul_(1.0 / self.size))
+            shard.add_(total.mul_(self.factor_after_sum))
         else:
-            torch.mul(total, 1.0 / self.size, out=shard)
+            torch.mul(total, self.factor_after_sum, out=shard)
 
     # -------------------------------------------------------------------------------------------------- waiting
 

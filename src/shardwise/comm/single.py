@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from shardwise.comm.base import CollectiveId, Communicator, Cuts, Done, Pending, mean_into
+from shardwise.comm.summary import CommsSummary
 
 
 class SingleRank(Communicator):
@@ -32,3 +33,7 @@ class SingleRank(Communicator):
     def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
         """The only payload."""
         return [payload]
+
+    def summary(self) -> CommsSummary:
+        """Nothing travels."""
+        return CommsSummary((), {})

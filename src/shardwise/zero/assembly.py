@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from shardwise.comm.averaging import Averaging, average_by
 from shardwise.comm.base import CollectiveId, Communicator
+from shardwise.comm.choose import build_communicator
+from shardwise.comm.logged import OPERATIONS, CommsLogSettings, Logged
 from shardwise.config import EngineConfig
+from shardwise.config.tools import CommsLoggerConfig
 from shardwise.errors import ConfigError
 from shardwise.layout import NO_GROUP, Layout, Slot, even_layout, whole_parameter_layout
+from shardwise.mesh import Mesh
 from shardwise.optim.probe import OptimizerTraits, probe_optimizer
 from shardwise.precision import DynamicLossScaler, LossScaler, Precision, StaticLossScaler, master_dtype
 from shardwise.zero.optimizer import describe
 from shardwise.zero.sharding import STAGES, Sharding
 from shardwise.zero.unit import Segment, Unit, build_segment, with_gradients
 from shardwise.zero.wrap import UnitPlan, plan_units
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -44,7 +52,7 @@ def choose_precision(config: EngineConfig) -> Precision:
 def choose_loss_scaler(config: EngineConfig) -> LossScaler:
     """Dynamic or static for fp16, a constant 1 otherwise."""
     fp16 = config.fp16
-    if not fp16.enabled:
+    if not config.scales_loss:
         return StaticLossScaler()
     if fp16.loss_scale:
         return StaticLossScaler(fp16.loss_scale, skips_overflows=True)
@@ -55,6 +63,49 @@ def choose_loss_scaler(config: EngineConfig) -> LossScaler:
         min_scale=fp16.min_loss_scale,
         consecutive_hysteresis=fp16.consecutive_hysteresis,
     )
+
+
+def connect(mesh: Mesh, config: EngineConfig) -> Communicator:
+    """The transport that the configuration asks for. Collective."""
+    zero = config.zero_optimization
+    comm = build_communicator(
+        mesh,
+        config.shardwise.transport,
+        config.shardwise.reduction,
+        reduce_scatter=zero.reduce_scatter,
+        allgather_partitions=zero.allgather_partitions,
+        reduce_bucket_numel=zero.reduce_bucket_size,
+        gather_bucket_numel=zero.allgather_bucket_size,
+    )
+    averaging = Averaging.of_settings(
+        comm.size,
+        prescale=config.prescale_gradients,
+        predivide_factor=config.gradient_predivide_factor,
+        is_mean=config.gradient_allreduce_op == "mean",
+    )
+    comm = average_by(comm, averaging)
+    if config.comms_logger.enabled and comm.size > 1:
+        comm = Logged(comm, mesh.dp_shard.name, comms_log_settings(config.comms_logger, comm.rank))
+    comm.check = config.shardwise.check_collectives
+    return comm
+
+
+def comms_log_settings(block: CommsLoggerConfig, rank: int) -> CommsLogSettings:
+    """What the configuration wants to see of the collectives; only rank 0 logs lines."""
+    operations = frozenset(OPERATIONS if block.prof_all else block.prof_ops)
+    unknown = sorted(operations - frozenset(OPERATIONS))
+    if rank == 0 and (unknown or not operations):
+        logger.warning(
+            "comms_logger.prof_ops names %s: no collective is called so. Those of this engine are %s.",
+            ", ".join(unknown) or "nothing",
+            ", ".join(OPERATIONS),
+        )
+    return CommsLogSettings(operations, by_unit=block.debug, each=block.verbose and rank == 0)
+
+
+def configuration_text(config: EngineConfig, indent: int | None = None) -> str:
+    """The configuration as JSON, without what must not stand in a log."""
+    return config.model_dump_json(indent=indent, exclude={"comet": {"api_key"}})
 
 
 def is_local(buffers: Iterable[Blueprint | Segment], world: int) -> bool:

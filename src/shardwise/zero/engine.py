@@ -13,8 +13,10 @@ Everything that ranks do together is marked *collective*: call it on every rank.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +24,12 @@ from torch import nn
 
 from shardwise import torch_compat
 from shardwise.comm.base import CollectiveId, Communicator
+from shardwise.comm.summary import CommsSummary
 from shardwise.config import BatchSizes, EngineConfig
 from shardwise.errors import ConfigError, StateError
 from shardwise.optim.probe import OptimizerTraits
-from shardwise.precision import LossScaler, Precision
-from shardwise.zero.assembly import equip_with_gradients, is_local, measure_optimizer, optimizer_groups
+from shardwise.precision import NARROW, LossScaler, Precision
+from shardwise.zero.assembly import DTYPES, equip_with_gradients, is_local, measure_optimizer, optimizer_groups
 from shardwise.zero.engine_optimizer import EngineOptimizer
 from shardwise.zero.hooks import Hooks, map_tensors
 from shardwise.zero.loss_scale import ScaleBoundary
@@ -82,6 +85,11 @@ class Engine(nn.Module):
         self._scaler = loss_scaler
         self._boundary = ScaleBoundary(loss_scaler)
         self._config = config
+        self._run = (
+            partial(_run_under_autocast, module, comm.device.type, DTYPES[config.autocast_dtype])
+            if (config.autocast_dtype is not None)
+            else module.__call__
+        )
         self._casts_inputs = precision.compute is not None and config.fp16.auto_cast is not False
         self._schedule = Schedule(units, units[0], budgets, prefetches=comm.overlaps)
         self._watch_units()
@@ -95,6 +103,7 @@ class Engine(nn.Module):
         self._frozen = [parameter for parameter in self._owners if not parameter.requires_grad]
         self._forced_boundary: bool | None = None
         self._syncs = True
+        self._max_norm_once = 0.0
         self._grad_norm: float | None = 0.0
         self._step_was_applied = False
         self._closed = False
@@ -141,7 +150,7 @@ class Engine(nn.Module):
         groups = optimizer_groups(self.module, optimizer)
         self._optimizer = optimizer
         if is_local(self._segments, self._comm.size):
-            self._step = LocalStep(optimizer, list(self.module.parameters()), self._config.gradient_clipping)
+            self._step = LocalStep(optimizer, list(self.module.parameters()), self._scaler)
         else:
             self._step = self._sharded_step(optimizer, groups, traits)
         return EngineOptimizer(self, optimizer)
@@ -175,7 +184,6 @@ class Engine(nn.Module):
             sharded,
             self._owners,
             self._scaler,
-            self._config.gradient_clipping,
         )
 
     # ----------------------------------------------------------------------------------------- forward, backward
@@ -189,7 +197,7 @@ class Engine(nn.Module):
             args, kwargs = map_tensors(args, self._cast), map_tensors(kwargs, self._cast)
         if self._step is not None:
             self._step.begin_pass()
-        output = self._boundary.wrap(self.module(*args, **kwargs))
+        output = self._boundary.wrap(self._run(*args, **kwargs))
         self._hooks.watch_outputs(output)
         return output
 
@@ -227,6 +235,11 @@ class Engine(nn.Module):
         if self._reduces_every_backward or not self._syncs:
             return self._syncs
         return self._reducer.expects_last_pass if self._forced_boundary is None else self._forced_boundary
+
+    @property
+    def reduces_every_backward(self) -> bool:
+        """Whether gradients are averaged after every backward pass, for want of room for a whole one."""
+        return self._reduces_every_backward
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -270,9 +283,10 @@ class Engine(nn.Module):
         if not boundary:
             return
         self._check_frozen()
+        max_norm, self._max_norm_once = self._max_norm(), 0.0
         # A forward whose loss was never differentiated leaves the root whole.
         self._schedule.reshard_all()
-        outcome = self._step.take(self.global_steps)
+        outcome = self._step.take(self.global_steps, max_norm)
         self._grad_norm = outcome.grad_norm
         self._step_was_applied = outcome.applied
         self.skipped_steps += not outcome.applied
@@ -280,18 +294,42 @@ class Engine(nn.Module):
         self._schedule.step = self.global_steps
         if outcome.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
-        self._log_progress()
 
-    def _log_progress(self) -> None:
-        every = self._config.steps_per_print
-        if every is not None and self.global_steps % every == 0 and self._comm.rank == 0:
-            logger.info(
-                "step %d: learning rates %s, skipped steps %d, loss scale %g",
-                self.global_steps,
-                self.get_lr(),
-                self.skipped_steps,
-                self._scaler.scale,
-            )
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Clip the next step's gradient to ``max_norm`` as well as the config does; only before a ``step`` that acts.
+
+        Args:
+            max_norm: of the averaged gradient of all parameters; infinity only asks.
+
+        Returns:
+            The norm before clipping. Collective.
+        """
+        step = self._settling_step("clip_grad_norm_()")
+        if not max_norm > 0:
+            raise ConfigError(f"clip_grad_norm_() got max_norm={max_norm}. Expected more than 0; infinity only asks.")
+        norm = step.settle(self.global_steps)
+        if math.isfinite(max_norm):
+            self._max_norm_once = min(max_norm, self._max_norm_once or max_norm)
+        return norm
+
+    def clip_grad_value_(self, clip_value: float) -> None:
+        """Limit every element of the averaged gradient to ±``clip_value``, before the step. Collective."""
+        step = self._settling_step("clip_grad_value_()")
+        step.settle(self.global_steps)
+        step.clamp(clip_value)
+
+    def _settling_step(self, caller: str) -> Step:
+        self._check_open()
+        if self._step is None or not self._syncs:
+            why = "the engine has no optimizer" if self._step is None else "it stands inside no_sync()"
+            raise StateError(f"{caller} was called, but {why}. Call it between the last backward pass and step().")
+        self._schedule.reshard_all()
+        return self._step
+
+    def _max_norm(self) -> float:
+        """The smaller one of what the config and the script ask for; 0 is no clipping."""
+        asked = [norm for norm in (self._config.gradient_clipping, self._max_norm_once) if norm > 0]
+        return min(asked, default=0.0)
 
     def take_in_new_groups(self) -> None:
         """Step the parameters of groups that were added to the optimizer; ``step`` does so too.
@@ -354,6 +392,19 @@ class Engine(nn.Module):
     def memory_report(self) -> MemoryReport:
         """Bytes that this rank holds now."""
         return report_memory(self._comm, self._units, self._step)
+
+    def comms_summary(self) -> CommsSummary:
+        """This rank's collectives so far, by axis, operation and size.
+
+        Raises:
+            StateError: the configuration's ``comms_logger`` is off.
+        """
+        return self._comm.summary()
+
+    def log_summary(self) -> None:
+        """Log ``comms_summary`` of rank 0."""
+        if self._comm.rank == 0:
+            logger.info("collectives of rank 0:\n%s", self.comms_summary())
 
     # -------------------------------------------------------------------------------------------- whole parameters
 
@@ -494,3 +545,10 @@ class Engine(nn.Module):
                     f"parameter {unit.segments[number].names[slot]!r} was frozen when the engine was built and is "
                     "trainable now: there is no room for its gradient. Unfreeze before initialize()."
                 )
+
+
+def _run_under_autocast(module: nn.Module, device_type: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    """Losses that are computed from the outputs are as exact as without autocast."""
+    with torch.autocast(device_type, dtype):
+        output = module(*args, **kwargs)
+    return map_tensors(output, lambda tensor: tensor.float() if tensor.dtype in NARROW else tensor)

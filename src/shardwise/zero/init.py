@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -12,10 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from shardwise.comm.base import Communicator
-from shardwise.comm.choose import build_communicator
-from shardwise.config import BatchSizes, EngineConfig, load_config
+from shardwise.config import BatchSizes, EngineConfig
+from shardwise.config.load import load_silently, open_source, warn
 from shardwise.errors import ConfigError
 from shardwise.mesh import DEFAULT_TIMEOUT, build_mesh, init_distributed
+from shardwise.monitor.printing import make_audible, set_log_level
+from shardwise.monitor.writers import check_packages
 from shardwise.optim.json_optimizers import build_optimizer
 from shardwise.optim.probe import OptimizerTraits
 from shardwise.optim.schedulers import build_scheduler
@@ -26,16 +29,23 @@ from shardwise.zero.assembly import (
     check_same_model,
     choose_loss_scaler,
     choose_precision,
+    configuration_text,
+    connect,
     describe_optimizer,
     measure_optimizer,
     optimizer_groups,
     plan_blueprints,
 )
+from shardwise.zero.dump import describe_state
 from shardwise.zero.engine import Engine
 from shardwise.zero.engine_optimizer import EngineOptimizer
+from shardwise.zero.observed import ObservedEngine, build_observers, engine_class
 from shardwise.zero.optimizer import describe
 from shardwise.zero.schedule import Budgets
+from shardwise.zero.unit import Unit
 from shardwise.zero.wrap import UnitPlan
+
+logger = logging.getLogger(__name__)
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[Any]], torch.optim.Optimizer]
 SchedulerLike = torch.optim.lr_scheduler.LRScheduler | Callable[[torch.optim.Optimizer], Any]
@@ -85,11 +95,15 @@ def initialize(
         raise ConfigError("initialize() got an engine as model. Use engine.attach_optimizer() to give it an optimizer.")
     if config is None:
         config = getattr(args, "deepspeed_config", None)
-    settings = config if isinstance(config, EngineConfig) else load_config(config)
+    settings, warning = (config, "") if isinstance(config, EngineConfig) else load_silently(open_source(config))
+    if settings.log_level is not None:
+        set_log_level(settings.log_level)
+    check_packages(settings)
     init_distributed(timeout=timeout, device=device)
     mesh = build_mesh(device, timeout)
+    if mesh.dp_shard.rank == 0:
+        warn(warning)
     batch_sizes = settings.resolve_batch(mesh.dp_shard.size)
-    zero = settings.zero_optimization
 
     built = _build_optimizer(model, optimizer, model_parameters, settings)
     groups = optimizer_groups(model, built)
@@ -98,15 +112,7 @@ def initialize(
     buffers = [blueprint for _, blueprints in planned for blueprint in blueprints]
     traits = measure_optimizer(built, buffers, mesh.dp_shard.size)
 
-    comm = build_communicator(
-        mesh,
-        settings.shardwise.transport,
-        settings.shardwise.reduction,
-        reduce_scatter=zero.reduce_scatter,
-        allgather_partitions=zero.allgather_partitions,
-        reduce_bucket_numel=zero.reduce_bucket_size,
-        gather_bucket_numel=zero.allgather_bucket_size,
-    )
+    comm = connect(mesh, settings)
     try:
         engine, returned = _assemble(model, comm, planned, built, traits, batch_sizes, precision, settings)
     except BaseException:
@@ -134,14 +140,27 @@ def _assemble(
     settings: EngineConfig,
 ) -> tuple[Engine, EngineOptimizer | None]:
     """Check that ranks agree, allocate, and put the engine together."""
-    comm.check = settings.shardwise.check_collectives
-    check_same_model(comm, planned, [f"configuration {settings.model_dump_json()}", *describe_optimizer(optimizer)])
+    check_same_model(comm, planned, [f"configuration {configuration_text(settings)}", *describe_optimizer(optimizer)])
     units = build_units(comm, planned, traits, precision)
     _move_buffers(model, comm.device, precision.compute)
     zero = settings.zero_optimization
     budgets = Budgets(zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
-    engine = Engine(model, units, comm, batch_sizes, precision, choose_loss_scaler(settings), budgets, settings)
-    return engine, None if optimizer is None else engine.attach_optimizer(optimizer, traits)
+    build = engine_class(settings, comm.rank)
+    engine = build(model, units, comm, batch_sizes, precision, choose_loss_scaler(settings), budgets, settings)
+    returned = None if optimizer is None else engine.attach_optimizer(optimizer, traits)
+    if comm.rank == 0:
+        _start_telling(engine, units, settings)
+    return engine, returned
+
+
+def _start_telling(engine: Engine, units: Sequence[Unit], settings: EngineConfig) -> None:
+    """Rank 0 says what the configuration asks it to say."""
+    if settings.dump_state or isinstance(engine, ObservedEngine):
+        make_audible()
+    if settings.dump_state:
+        logger.info("state at the start\n%s", describe_state(engine, units, settings))
+    if isinstance(engine, ObservedEngine):
+        engine.observe(build_observers(engine, settings))
 
 
 def _build_optimizer(

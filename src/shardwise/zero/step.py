@@ -39,8 +39,14 @@ class Outcome:
 class Step(Protocol):
     """Ends a training step."""
 
-    def take(self, step: int) -> Outcome:
-        """Turn the gradients since the last step into new parameters. Collective."""
+    def settle(self, step: int) -> float:
+        """Average what is left and return the norm of the gradient; else ``take`` does so. Collective."""
+
+    def clamp(self, bound: float) -> None:
+        """Limit every element of the settled gradient to ±``bound``."""
+
+    def take(self, step: int, max_norm: float) -> Outcome:
+        """Turn the gradients since the last step into new parameters, clipped to ``max_norm`` if not 0. Collective."""
 
     def take_in_new_groups(self) -> None:
         """The user added groups to the optimizer; ConfigError if they are not of the model."""
@@ -74,6 +80,15 @@ def clip_coefficient(grad_norm: float, max_norm: float) -> float:
     return 1.0 if coefficient >= 1.0 else coefficient
 
 
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """What ranks know in common of the gradient of a step."""
+
+    grad_norm: float
+    any_unused: bool
+    num_passes: int
+
+
 class ShardedStep:
     """The step of ranks that each own a shard."""
 
@@ -85,7 +100,6 @@ class ShardedStep:
         optimizer: ShardedOptimizer,
         owners: Mapping[torch.Tensor, tuple[Unit, int, int]],
         scaler: LossScaler,
-        max_norm: float,
     ) -> None:
         self._comm = comm
         self._all_units = units
@@ -94,10 +108,19 @@ class ShardedStep:
         self._optimizer = optimizer
         self._owners = owners
         self._scaler = scaler
-        self._max_norm = max_norm
+        self._settled: _Settled | None = None
 
-    def take(self, step: int) -> Outcome:
-        """See the module's text."""
+    def settle(self, step: int) -> float:
+        """The first two phases. A backward pass after it makes it void."""
+        return self._settle(step).grad_norm
+
+    def _settle(self, step: int) -> _Settled:
+        # The reducer counts passes from the last step; ``learn`` does not change the count.
+        if self._settled is None or self._settled.num_passes != self._reducer.num_passes:
+            self._settled = self._average_and_agree(step)
+        return self._settled
+
+    def _average_and_agree(self, step: int) -> _Settled:
         self.take_in_new_groups()
         check_home(self._all_units, f"before step {step}")
         agreed = agree(self._comm, self._units, self._reducer.observed_order, self._reducer.num_passes, step)
@@ -107,11 +130,24 @@ class ShardedStep:
             agreed = agree(self._comm, self._units, (), 0, step)
         check_reduced(self._units, f"at step {step}")
         grad_norm = math.sqrt(agreed.sum_of_squares) / self._scaler.scale
+        return _Settled(grad_norm, agreed.any_unused, self._reducer.num_passes)
+
+    def clamp(self, bound: float) -> None:
+        """Gradients still carry the loss scale; their norm is to be found anew."""
+        self._settled = None
+        for unit in self._units:
+            for _, gradients in unit.trainable:
+                gradients.owned.clamp_(-bound * self._scaler.scale, bound * self._scaler.scale)
+
+    def take(self, step: int, max_norm: float) -> Outcome:
+        """See the module's text."""
+        settled = self._settle(step)
+        grad_norm = settled.grad_norm
         overflow = self._scaler.skips_overflows and not math.isfinite(grad_norm)
         if not overflow:
-            unused = agree_unused(self._comm, self._units, step) if agreed.any_unused else frozenset()
+            unused = agree_unused(self._comm, self._units, step) if settled.any_unused else frozenset()
             self._spread_gradients(step)
-            self._multiply_gradients(clip_coefficient(grad_norm, self._max_norm) / self._scaler.scale)
+            self._multiply_gradients(clip_coefficient(grad_norm, max_norm) / self._scaler.scale)
             self._step_and_publish(unused, step)
         self._scaler.update(overflow)
         self.clear_gradients()
@@ -157,6 +193,7 @@ class ShardedStep:
     def clear_gradients(self) -> None:
         """Forget the gradients since the last step."""
         self._reducer.num_passes = 0
+        self._settled = None
         for unit in self._units:
             unit.clear_gradients()
 
@@ -180,26 +217,43 @@ class ShardedStep:
 class LocalStep:
     """The step of one rank alone: the user's optimizer over the user's parameters."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], scaler: LossScaler
+    ) -> None:
         self._optimizer = optimizer
+        self._scaler = scaler
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._max_norm = max_norm
         self._last_gradients: list[torch.Tensor] = []
 
-    def take(self, step: int) -> Outcome:
+    def settle(self, step: int) -> float:
+        """Nothing travels, so the gradient is what autograd left."""
+        return _norm(self._gradients()) / self._scaler.scale
+
+    def clamp(self, bound: float) -> None:
+        """Gradients still carry the loss scale."""
+        for gradient in self._gradients():
+            gradient.clamp_(-bound * self._scaler.scale, bound * self._scaler.scale)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def take(self, step: int, max_norm: float) -> Outcome:
         """Clip if asked to, and step. A parameter without a gradient is left out, as torch does."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        grad_norm = None
-        if self._max_norm > 0:
-            grad_norm = _norm(gradients)
-            coefficient = clip_coefficient(grad_norm, self._max_norm)
-            if coefficient != 1.0 and gradients:
-                torch_compat.multiply(gradients, coefficient)
-        self._optimizer.step()
+        gradients = self._gradients()
+        grad_norm, factor, overflow = None, 1.0, False
+        if max_norm > 0 or self._scaler.skips_overflows:
+            grad_norm = self.settle(step)
+            overflow = self._scaler.skips_overflows and not math.isfinite(grad_norm)
+            factor = clip_coefficient(grad_norm, max_norm) / self._scaler.scale
+        if not overflow:
+            if factor != 1.0 and gradients:
+                torch_compat.multiply(gradients, factor)
+            self._optimizer.step()
+        self._scaler.update(overflow)
         self.clear_gradients()
         # Kept until the next gradients come, in case somebody asks for their norm.
         self._last_gradients = gradients
-        return Outcome(applied=True, grad_norm=grad_norm)
+        return Outcome(applied=not overflow, grad_norm=grad_norm)
 
     def norm_of_last(self) -> float:
         """Of the gradients that the last step used."""
