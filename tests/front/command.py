@@ -16,13 +16,21 @@ _OWN_VARIABLES = (
     "GLIBC_TUNABLES",
     "CUDA_VISIBLE_DEVICES",
     "PYTHONSAFEPATH",
+    "SHARDWISE_RUN",
+    # Where default config files are looked for.
+    "XDG_CONFIG_HOME",
+    "XDG_CACHE_HOME",
+    "HF_HOME",
 )
 
 
 def plain_environment(temporary: Path, **extra: str) -> dict[str, str]:
-    """This process's environment less what the launcher decides by, with temporary files under `temporary`."""
+    """This process's environment less what the launcher decides by, with temporary files under `temporary`.
+
+    The home directory is one that does not exist, so no default config of the tester's own has a say.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES}
-    return kept | {"TMPDIR": str(temporary), **extra}
+    return kept | {"TMPDIR": str(temporary), "HOME": str(temporary / "no-home"), **extra}
 
 
 def shardwise(

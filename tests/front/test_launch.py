@@ -18,13 +18,14 @@ from rich.console import Console
 from shardwise.errors import ConfigError
 from shardwise.launch.environment import HEAP_SETTINGS, exported, rank_environment
 from shardwise.launch.failure import print_failures, read_failures
-from shardwise.launch.job import Device, LaunchRequest, ProgramKind, resolve_job
+from shardwise.launch.job import Device, LaunchRequest, Meeting, ProgramKind, resolve_job
 from shardwise.launch.machine import Machine
 from tests.front.command import FIXTURES, SHARDWISE, plain_environment, shardwise
 
 SCRIPT = str(FIXTURES / "report.py")
 LAPTOP = Machine(num_cores=8, num_gpus=0)
 SERVER = Machine(num_cores=32, num_gpus=4)
+ASKED = Path("run", "asked.json")
 CHILD_SECONDS = 600  # how long the fixtures' children would live on by themselves
 
 
@@ -240,7 +241,7 @@ def test_what_is_left_open_is_chosen_from_the_machine(
         (SERVER, {"num_processes": 5}, "--num_processes is 5, but torch sees 4 CUDA device"),
         (LAPTOP, {"num_processes": 0}, "--num_processes is 0"),
         (LAPTOP, {"num_threads_per_process": 0}, "--num_cpu_threads_per_process is 0"),
-        (LAPTOP, {"port": 70000}, "--main_process_port is 70000"),
+        (LAPTOP, {"meeting": Meeting(port=70000)}, "--main_process_port is 70000"),
         (LAPTOP, {"program": str(FIXTURES / "reprot.py")}, "Did you mean '.*report.py'"),
         (LAPTOP, {"program": str(FIXTURES)}, "a directory without a __main__.py"),
         (LAPTOP, {"program": "no_such_package.train", "kind": ProgramKind.MODULE}, "No module 'no_such_package'"),
@@ -259,8 +260,8 @@ def test_taken_port_is_refused() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--main_process_port {port} cannot be used"):
-            resolve_job(LaunchRequest(SCRIPT, port=port), LAPTOP)
+        with pytest.raises(ConfigError, match=f"--main_process_port: port {port} cannot be used"):
+            resolve_job(LaunchRequest(SCRIPT, meeting=Meeting(port=port)), LAPTOP)
 
 
 def test_command_of_a_rank_is_what_a_user_would_type() -> None:
@@ -274,13 +275,13 @@ def test_command_of_a_rank_is_what_a_user_would_type() -> None:
 
 def test_gpu_ranks_keep_the_heap_and_the_devices_as_they_are() -> None:
     job = resolve_job(LaunchRequest(SCRIPT), SERVER)
-    assert rank_environment(job, {}) == {"OMP_NUM_THREADS": "8"}
+    assert rank_environment(job, {}, ASKED) == {"SHARDWISE_RUN": str(ASKED), "OMP_NUM_THREADS": "8"}
 
 
 @pytest.mark.parametrize("users", [{"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, {"MALLOC_MMAP_THRESHOLD_": "1"}])
 def test_heap_that_the_user_has_tuned_is_left_alone(users: dict[str, str]) -> None:
     job = resolve_job(LaunchRequest(SCRIPT), LAPTOP)
-    assert not HEAP_SETTINGS.keys() & rank_environment(job, users).keys()
+    assert not HEAP_SETTINGS.keys() & rank_environment(job, users, ASKED).keys()
 
 
 def test_exported_variables_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,19 @@
-"""`shardwise launch`: the program in one process per rank on this machine."""
+"""`shardwise launch`: the program in one process per rank."""
 
-import shlex
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shardwise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shardwise.config.run.said import Said
+    from shardwise.launch.wishes import Program
+
+_PROCESSES = "Processes"
+_PROGRAM = "Program"
+_WITHOUT_ZERO = "--multi_gpu"
 
 
 def launch(
@@ -13,68 +21,128 @@ def launch(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="ARGUMENTS", help="Handed to the script untouched.")
     ] = None,
-    num_processes: Annotated[
-        int | None,
+    config_file: Annotated[
+        Path | None,
         typer.Option(
-            "--num_processes",
-            "-n",
-            help="Number of processes, each one rank.  [default: one per GPU; without a GPU 2, or 1 on a single core]",
+            "--config_file",
+            metavar="FILE",
+            help="The YAML of the run; flags are stronger.  "
+            "(default: ~/.config/shardwise/default_config.yaml if there is one, else Accelerate's)",
         ),
     ] = None,
-    cpu: Annotated[
-        bool, typer.Option("--cpu", "--use_cpu", help="Run on the CPU with gloo, also where GPUs are.")
+    dry_run: Annotated[
+        bool, typer.Option("--dry_run", help="Print what would run and where each setting comes from; start nothing.")
     ] = False,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Insist on GPUs: an error where there are none.")] = False,
-    module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as after `python -m`.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no warnings before the run.")] = False,
+    module: Annotated[
+        bool,
+        typer.Option("--module", "-m", help="SCRIPT is a module, as after `python -m`.", rich_help_panel=_PROGRAM),
+    ] = False,
     no_python: Annotated[
-        bool, typer.Option("--no_python", help="SCRIPT is an executable that Python does not run.")
+        bool,
+        typer.Option("--no_python", help="SCRIPT is an executable that Python does not run.", rich_help_panel=_PROGRAM),
     ] = False,
-    main_process_port: Annotated[
-        int, typer.Option("--main_process_port", help="Port where ranks meet; 0: a free one.")
-    ] = 0,
+    gpu: Annotated[
+        bool,
+        typer.Option("--gpu", help="Insist on GPUs: an error where there are none.", rich_help_panel=_PROCESSES),
+    ] = False,
+    multi_gpu: Annotated[
+        bool,
+        typer.Option(_WITHOUT_ZERO, help="Insist on GPUs, without ZeRO.", rich_help_panel=_PROCESSES),
+    ] = False,
+    use_deepspeed: Annotated[
+        bool,
+        typer.Option("--use_deepspeed", help="Run with ZeRO. Each flag below says so, too.", rich_help_panel="ZeRO"),
+    ] = False,
     num_cpu_threads_per_process: Annotated[
         int | None,
         typer.Option(
             "--num_cpu_threads_per_process",
-            help="OMP_NUM_THREADS of each process.  [default: yours if it is set, else cores // processes]",
+            metavar="NUMBER",
+            help="OMP_NUM_THREADS of each process.  (default: yours if it is set, else cores // processes)",
+            rich_help_panel=_PROCESSES,
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would run, and start nothing.")] = False,
+    **settings: Any,
 ) -> None:
     """Run SCRIPT in one process per GPU of this machine, or in a few CPU processes.
 
+    What a flag says is stronger than the YAML; what the DeepSpeed JSON says concretely nobody may contradict.
     A rank that fails ends the run: its error is shown and its exit code is the command's. Ctrl-C ends every rank.
     """
+    from shardwise.launch.job import ProgramKind
+    from shardwise.launch.wishes import Program
+
+    if module and no_python:
+        raise ConfigError("Both --module and --no_python were given. Choose one: a module is always run by Python.")
+    gpu_flag = _WITHOUT_ZERO if multi_gpu else "--gpu" if gpu else None
+    if gpu_flag and settings["use_cpu"]:
+        raise ConfigError(
+            f"Both --cpu and {gpu_flag} were given. Choose one, or neither: GPUs are used where there are some."
+        )
+    if use_deepspeed and multi_gpu:
+        raise ConfigError(
+            "Both --use_deepspeed and --multi_gpu were given. Choose one: the first is with ZeRO, the second without. "
+            "--gpu insists on GPUs for either."
+        )
+    wanted = Program(
+        name=program,
+        arguments=tuple(arguments or ()),
+        kind=ProgramKind.MODULE if module else ProgramKind.COMMAND if no_python else ProgramKind.SCRIPT,
+        num_threads=num_cpu_threads_per_process,
+        gpu_flag=gpu_flag,
+    )
+    raise typer.Exit(_launch(wanted, settings, _switches(use_deepspeed, gpu_flag), config_file, quiet, dry_run))
+
+
+def _launch(
+    program: "Program",
+    settings: dict[str, Any],
+    switches: "dict[str, Said]",
+    config_file: Path | None,
+    quiet: bool,
+    dry_run: bool,
+) -> int:
     import os
 
     from rich.console import Console
 
-    from shardwise.launch.environment import rank_environment
-    from shardwise.launch.job import Device, LaunchRequest, ProgramKind, resolve_job
+    from shardwise.commands.launch_options import given
+    from shardwise.config.run.gather import gather
+    from shardwise.config.run.handover import pack
+    from shardwise.config.run.precedence import resolve
+    from shardwise.launch.job import notes_on, resolve_job
     from shardwise.launch.machine import this_machine
+    from shardwise.launch.wishes import idle_settings, request_from
 
-    if cpu and gpu:
-        raise ConfigError(
-            "Both --cpu and --gpu were given. Choose one, or neither: GPUs are used where there are some."
-        )
-    if module and no_python:
-        raise ConfigError("Both --module and --no_python were given. Choose one: a module is always run by Python.")
-    request = LaunchRequest(
-        program=program,
-        arguments=tuple(arguments or ()),
-        kind=ProgramKind.MODULE if module else ProgramKind.COMMAND if no_python else ProgramKind.SCRIPT,
-        device=Device.CPU if cpu else Device.GPU if gpu else None,
-        num_processes=num_processes,
-        num_threads_per_process=num_cpu_threads_per_process,
-        port=main_process_port,
-    )
+    asked, notes = gather(given(settings), config_file, os.environ)
+    asked = asked.stronger(switches)
+    resolved = resolve(asked)
+    request = request_from(resolved, program)
     job = resolve_job(request, this_machine())
+    screen = Console(stderr=True, quiet=quiet, soft_wrap=True)
+    for note in (*notes, *notes_on(request, job), *idle_settings(resolved)):
+        screen.print(note, style="dim", markup=False, highlight=False)
+    for warning in resolved.warnings:
+        screen.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     if dry_run:
-        for name, value in rank_environment(job, os.environ).items():
-            print(f"{name}={shlex.quote(value)}")
-        print(f"{job.num_processes} x {shlex.join(job.command)}    # on {job.device.value}")
-        return
+        from shardwise.commands.dry_run import print_job
+
+        print_job(job, resolved, os.environ)
+        return 0
 
     from shardwise.launch.runner import run
 
-    raise typer.Exit(run(job, Console(stderr=True)))
+    return run(job, pack(asked), Console(stderr=True))
+
+
+def _switches(use_deepspeed: bool, gpu_flag: str | None) -> "dict[str, Said]":
+    """What the flags say that are not settings themselves."""
+    from shardwise.config.run.said import Origin, Said
+
+    said = {"use_cpu": Said(False, Origin.FLAG, gpu_flag)} if gpu_flag else {}
+    if use_deepspeed:
+        said["distributed_type"] = Said("DEEPSPEED", Origin.FLAG, "--use_deepspeed")
+    elif gpu_flag == _WITHOUT_ZERO:
+        said["distributed_type"] = Said("MULTI_GPU", Origin.FLAG, gpu_flag)
+    return said

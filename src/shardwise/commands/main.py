@@ -10,28 +10,34 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from shardwise.commands.config import config_app
 from shardwise.commands.env import env
+from shardwise.commands.explain import explain
+from shardwise.commands.group import Commands
 from shardwise.commands.launch import launch
+from shardwise.commands.selftest import test
 from shardwise.errors import ShardwiseError
 
 app = typer.Typer(
     name="shardwise",
+    cls=Commands,
     help="Train models larger than one device's memory: ZeRO on torch.distributed.",
     epilog="Example: shardwise launch train.py --epochs 3",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(
-    context_settings={
-        # After the script's name every argument is the script's, whatever it looks like.
-        "allow_interspersed_args": False,
-        # --num-processes and --num_processes are one option.
-        "token_normalize_func": lambda name: name.replace("-", "_"),
-    },
-    epilog="Example: shardwise launch --num_processes 2 train.py --epochs 3",
-)(launch)
+app.command("launch", help=launch.__doc__)(lambda: None)  # its place in the list; see group.py
 app.command(epilog="Example: shardwise env")(env)
+app.add_typer(config_app, name="config")
+app.command(
+    context_settings={"ignore_unknown_options": True, "token_normalize_func": lambda name: name.replace("-", "_")},
+    epilog="Example: shardwise explain ds_config.json --num_processes 8 --parameters 7B",
+)(explain)
+app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog="Example: shardwise test --num_processes 2 --zero_stage 3",
+)(test)
 
 
 @app.callback()

@@ -6,6 +6,7 @@ The launcher is the one place that sets any; what runs below it is told by argum
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from shardwise.launch.job import Device, Job
 
@@ -19,12 +20,16 @@ HEAP_SETTINGS = {
 }
 
 
-def rank_environment(job: Job, inherited: Mapping[str, str]) -> dict[str, str]:
+# Names the file with everything that was asked for; `handed_over` reads it on a rank.
+RUN_VARIABLE = "SHARDWISE_RUN"
+
+
+def rank_environment(job: Job, inherited: Mapping[str, str], asked_file: Path) -> dict[str, str]:
     """The variables to set for the ranks of `job`; the others they inherit as they are.
 
     What the user has set stays, except where an option of the launcher says otherwise.
     """
-    chosen: dict[str, str] = {}
+    chosen = {RUN_VARIABLE: str(asked_file)}
     if job.threads_were_asked_for or "OMP_NUM_THREADS" not in inherited:
         chosen["OMP_NUM_THREADS"] = str(job.num_threads_per_process)
     if job.device is Device.CPU:
@@ -32,6 +37,8 @@ def rank_environment(job: Job, inherited: Mapping[str, str]) -> dict[str, str]:
         tuned_by_user = "glibc.malloc" in inherited.get("GLIBC_TUNABLES", "")
         if not tuned_by_user and not any(name in inherited for name in HEAP_SETTINGS):
             chosen |= HEAP_SETTINGS
+    elif job.gpu_ids:
+        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpu_ids)
     return chosen
 
 

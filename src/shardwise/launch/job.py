@@ -7,7 +7,8 @@ import os
 import shutil
 import socket
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -33,16 +34,35 @@ class Device(StrEnum):
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """The machines of a run, which of them this is, and where their ranks find each other."""
+
+    num_machines: int = 1
+    machine_rank: int = 0
+    address: str = LOOPBACK  # of machine 0
+    port: int = 0  # 0: a free one, on a single machine
+    backend: str = "c10d"  # of torch's rendezvous: c10d, or static
+
+
+@dataclass(frozen=True)
 class LaunchRequest:
-    """The user's words. None and 0 stand for "choose for me"."""
+    """The user's words. None stands for "choose for me"."""
 
     program: str
     arguments: tuple[str, ...] = ()
     kind: ProgramKind = ProgramKind.SCRIPT
     device: Device | None = None
-    num_processes: int | None = None
+    num_processes: int | None = None  # over all machines
     num_threads_per_process: int | None = None
-    port: int = 0
+    meeting: Meeting = Meeting()
+    gpu_ids: tuple[str, ...] = ()  # empty: every one
+    made_for_gpus: tuple[str, ...] = ()  # what the YAML says about GPUs, where it does not insist on them
+    places: Mapping[str, str] = field(default_factory=dict)  # where a setting was said, by its name
+
+    def named(self, setting: str) -> str:
+        """A setting as messages call it, with the place where it was said."""
+        place = self.places.get(setting, f"--{setting}")
+        return place if place.startswith("--") else f"{setting} ({place})"
 
 
 @dataclass(frozen=True)
@@ -53,10 +73,16 @@ class Job:
     arguments: tuple[str, ...]
     kind: ProgramKind
     device: Device
-    num_processes: int
+    num_processes: int  # over all machines
     num_threads_per_process: int
     threads_were_asked_for: bool  # else a thread count that the user's environment already has stays
-    port: int  # of the rendezvous; 0: a free one
+    meeting: Meeting
+    gpu_ids: tuple[str, ...]  # empty: every one
+
+    @property
+    def num_local_processes(self) -> int:
+        """How many of the processes this machine runs."""
+        return self.num_processes // self.meeting.num_machines
 
     @property
     def command(self) -> list[str]:
@@ -79,9 +105,10 @@ def resolve_job(request: LaunchRequest, machine: Machine) -> Job:
     """
     _check_program(request.kind, request.program)
     device = request.device or (Device.GPU if machine.num_gpus else Device.CPU)
-    num_processes = _num_processes(request.num_processes, device, machine)
-    if request.port:
-        _check_port(request.port)
+    gpu_ids = request.gpu_ids if device is Device.GPU else ()
+    num_processes = _num_processes(request, device, machine)
+    if request.meeting.port and request.meeting.machine_rank == 0:
+        _check_port(request)
     num_threads = request.num_threads_per_process
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"--num_cpu_threads_per_process is {num_threads}, and a process needs at least 1.")
@@ -91,28 +118,59 @@ def resolve_job(request: LaunchRequest, machine: Machine) -> Job:
         kind=request.kind,
         device=device,
         num_processes=num_processes,
-        num_threads_per_process=num_threads or max(1, machine.num_cores // num_processes),
+        num_threads_per_process=num_threads
+        or max(1, machine.num_cores * request.meeting.num_machines // num_processes),
         threads_were_asked_for=num_threads is not None,
-        port=request.port,
+        meeting=request.meeting,
+        gpu_ids=gpu_ids,
     )
 
 
-def _num_processes(asked: int | None, device: Device, machine: Machine) -> int:
+def notes_on(request: LaunchRequest, job: Job) -> tuple[str, ...]:
+    """What the user should read about choices that the machine has made for them."""
+    if not request.made_for_gpus or job.device is Device.GPU or request.device is not None:
+        return ()
+    return (
+        f"{', '.join(request.made_for_gpus)}: torch sees no CUDA device on this machine, so the run uses the CPU "
+        f"with gloo, in {job.num_processes} process{'es' * (job.num_processes > 1)}.",
+    )
+
+
+def _num_processes(request: LaunchRequest, device: Device, machine: Machine) -> int:
     if device is Device.GPU and machine.num_gpus == 0:
         raise ConfigError(
-            "--gpu was given, but torch sees no CUDA device on this machine. "
-            "Leave --gpu out to run on the CPU, or see `shardwise env` for what torch was built with."
+            f"{request.named('gpu')} was given, but torch sees no CUDA device on this machine. "
+            "Leave it out to run on the CPU, or see `shardwise env` for what torch was built with."
         )
+    if device is Device.GPU:
+        _check_gpu_ids(request, machine)
+    num_gpus = len(request.gpu_ids) or machine.num_gpus
+    asked = request.num_processes
     if asked is None:
-        return machine.num_gpus if device is Device.GPU else min(2, machine.num_cores)
+        return num_gpus if device is Device.GPU else min(2, machine.num_cores)
     if asked < 1:
-        raise ConfigError(f"--num_processes is {asked}, and a run needs at least 1.")
-    if device is Device.GPU and asked > machine.num_gpus:
+        raise ConfigError(f"{request.named('num_processes')} is {asked}, and a run needs at least 1.")
+    here = asked // request.meeting.num_machines
+    if device is Device.GPU and here > num_gpus:
+        of_them = "" if here == asked else f", {here} of them on this machine"
+        chosen = f"gpu_ids names {num_gpus} of them" if request.gpu_ids else f"torch sees {num_gpus} CUDA device(s)"
         raise ConfigError(
-            f"--num_processes is {asked}, but torch sees {machine.num_gpus} CUDA device(s), and each process needs its "
-            f"own. Choose at most {machine.num_gpus}, or give --cpu to run on the CPU."
+            f"{request.named('num_processes')} is {asked}{of_them}, but {chosen}, and each process needs its own. "
+            f"Choose at most {num_gpus * request.meeting.num_machines}, or give --cpu to run on the CPU."
         )
     return asked
+
+
+def _check_gpu_ids(request: LaunchRequest, machine: Machine) -> None:
+    for name in request.gpu_ids:
+        # A GPU has a number and a longer name; which of them belong together is not known here.
+        by_number = name.isdecimal() or not name.startswith(("GPU-", "MIG-"))
+        if by_number and name not in machine.gpu_names:
+            limit = " (CUDA_VISIBLE_DEVICES is set)" if machine.visible_gpus else ""
+            raise ConfigError(
+                f'{request.named("gpu_ids")} names GPU "{name}", but torch sees {machine.num_gpus} CUDA device(s): '
+                f"{', '.join(machine.gpu_names)}{limit}. Name some of these, or all."
+            )
 
 
 def _check_program(kind: ProgramKind, program: str) -> None:
@@ -152,15 +210,17 @@ def _check_module(program: str) -> None:
         )
 
 
-def _check_port(port: int) -> None:
+def _check_port(request: LaunchRequest) -> None:
+    port, named = request.meeting.port, request.named("main_process_port")
     if not 0 < port < 65536:
-        raise ConfigError(f"--main_process_port is {port}. Choose one from 1 to 65535, or 0 for a free one.")
+        raise ConfigError(f"{named} is {port}. Choose one from 1 to 65535, or 0 for a free one.")
     with socket.socket() as probe:
         # As the rendezvous itself does: a port that only waits for its last connection's echo is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((LOOPBACK if request.meeting.num_machines == 1 else "", port))
         except OSError as error:
+            choice = ", or 0 for a free one" if request.meeting.num_machines == 1 else ", the same on every machine"
             raise ConfigError(
-                f"--main_process_port {port} cannot be used: {error.strerror}. Choose another, or 0 for a free one."
+                f"{named}: port {port} cannot be used: {error.strerror}. Choose another{choice}."
             ) from error

@@ -12,32 +12,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
+from shardwise.errors import StateError
 from shardwise.launch import bootstrap, guard
 from shardwise.launch.environment import exported, rank_environment
 from shardwise.launch.failure import print_failures, read_failures
-from shardwise.launch.job import LOOPBACK, Job
+from shardwise.launch.job import Job
 
 # What a rank may take after Ctrl-C to run its `finally` blocks. One that waits in a collective cannot hear the signal.
 GRACE_SECONDS = 10
+MEETING_SECONDS = 600  # how long machines wait for each other
+ASKED_FILE = "asked.json"  # in the run directory
 
 
-def run(job: Job, console: Console) -> int:
+def run(job: Job, asked: str, console: Console) -> int:
     """Runs `job` to its end and says which exit status the launcher owes its caller.
 
+    `asked` is handed to the ranks, who resolve it again together with what the script says.
     0 when every rank ended well, a failed rank's own exit code, or 128 + N for signal N. When this returns, or this
     process is killed, no rank is left and none of the processes that ranks started in their own process groups.
     """
     with (
-        exported(rank_environment(job, os.environ)),
         _quiet_agent(),
         _signal_handlers_restored(),
-        _guarded_directory(job) as directory,
+        _guarded_directory(job, asked) as directory,
+        exported(rank_environment(job, os.environ, directory / ASKED_FILE)),
     ):
         try:
             launch_agent(_launch_config(job, directory), sys.executable, [bootstrap.__file__, str(directory)])
@@ -49,19 +56,45 @@ def run(job: Job, console: Console) -> int:
             received = signal.Signals(ended.sigval)
             console.print(f"Ended by {received.name}; every rank is ended too.", style="yellow")
             return 128 + received
+        except (DistError, RendezvousError) as error:
+            meeting = job.meeting
+            raise StateError(
+                f"Machine {meeting.machine_rank} of {meeting.num_machines} has not met the others at "
+                f"{meeting.address}:{meeting.port}: {_first_line(error)} Start the same command on every machine, "
+                "each with its own --machine_rank, and see that they reach that address and port."
+            ) from error
     return 0
 
 
+def _first_line(error: Exception) -> str:
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line if line.endswith(".") else line + "."
+
+
 def _launch_config(job: Job, directory: Path) -> LaunchConfig:
+    meeting = job.meeting
+    endpoint = f"{meeting.address}:{meeting.port}"
+    alone = meeting.num_machines == 1
+    configs: dict[str, Any] = {}
+    if meeting.backend == "static":
+        configs = {"rank": meeting.machine_rank, "timeout": MEETING_SECONDS}
+    elif not alone:
+        configs = {
+            "is_host": meeting.machine_rank == 0,
+            "join_timeout": MEETING_SECONDS,
+            "read_timeout": MEETING_SECONDS,  # the others' first look for machine 0 falls under it
+        }
     return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=job.num_processes,
-        run_id=uuid.uuid4().hex,
+        min_nodes=meeting.num_machines,
+        max_nodes=meeting.num_machines,
+        nproc_per_node=job.num_local_processes,
+        run_id=uuid.uuid4().hex if alone else "shardwise",  # machines that meet must agree on it
         role="rank",
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{LOOPBACK}:{job.port}",
-        local_addr=LOOPBACK,  # else the machine's own name is looked up, which needs a name service
+        rdzv_backend=meeting.backend,
+        rdzv_endpoint=endpoint,
+        rdzv_configs=configs,
+        # Else the machine's own name is looked up, which needs a name service.
+        local_addr=meeting.address if meeting.machine_rank == 0 else None,
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(directory / "errors")),
         shutdown_timeout=GRACE_SECONDS,
@@ -69,12 +102,13 @@ def _launch_config(job: Job, directory: Path) -> LaunchConfig:
 
 
 @contextmanager
-def _guarded_directory(job: Job) -> Iterator[Path]:
+def _guarded_directory(job: Job, asked: str) -> Iterator[Path]:
     """The directory of one run, from which ranks read their job and where they sign in; the guard removes it."""
     directory = Path(tempfile.mkdtemp(prefix="shardwise-"))
     (directory / "ranks").mkdir()
     task = {"launcher_pid": os.getpid(), **asdict(job)}
     (directory / "job.json").write_text(json.dumps(task))
+    (directory / ASKED_FILE).write_text(asked)
     watcher = subprocess.Popen(
         [sys.executable, "-I", "-S", guard.__file__, str(directory)],
         stdin=subprocess.PIPE,

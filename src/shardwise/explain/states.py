@@ -1,0 +1,92 @@
+"""Bytes of model states on one rank, before anything is allocated."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shardwise.config.schema import EngineConfig
+from shardwise.errors import ConfigError
+from shardwise.layout import Slot, even_layout
+from shardwise.zero.sharding import STAGES, StateBytes, state_bytes
+
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_MASTER_ITEMSIZE = 4  # masters are fp32
+
+# Tensors of the parameter's size that an optimizer keeps. SGD keeps one only if it has momentum.
+_STATE_TENSORS = {"adam": 2, "adamw": 2, "nadam": 2, "radam": 2, "adamax": 2, "lion": 1, "adagrad": 1, "rmsprop": 1}
+
+
+@dataclass(frozen=True)
+class StageStates:
+    """What one stage leaves on each rank."""
+
+    stage: int
+    bytes: StateBytes
+    in_force: bool  # the stage of the config
+
+
+@dataclass(frozen=True)
+class States:
+    """Model states on one rank at every stage."""
+
+    num_parameters: int
+    num_ranks: int
+    dtype: str
+    optimizer: str
+    stages: tuple[StageStates, ...]
+
+
+def parse_count(text: str) -> int:
+    """Read ``7B``, ``350M``, ``1.5e9`` or ``124_439_808``."""
+    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][0-9]+)?)([KMBT]?)", text.strip().upper())
+    count = float(match[1].replace("_", "")) * _FACTORS[match[2]] if match else 0.0
+    if not 1 <= count < 1e18:
+        raise ConfigError(f"--parameters is {text!r}, expected a number of parameters such as 124439808, 350M or 7B.")
+    return round(count)
+
+
+def num_ranks_for(num_processes: int | None) -> int:
+    """The ranks that states are shared among; ConfigError where nobody says how many there are."""
+    if num_processes is None:
+        raise ConfigError("--parameters needs the number of ranks, and the config names none. Add --num_processes W.")
+    return num_processes
+
+
+def states_per_rank(config: EngineConfig | None, num_parameters: int, num_ranks: int) -> States:
+    """The bytes at rest on one rank, for the dtype and the optimizer of `config`, at its stage and at the others.
+
+    A run without ZeRO (None) is stage 0 in fp32.
+    """
+    config = config or EngineConfig()
+    optimizer, num_tensors = _optimizer(config)
+    compute_itemsize = 4 if config.compute_dtype == "fp32" else 2
+    stages = tuple(
+        StageStates(stage, found, in_force=stage == config.zero_optimization.stage)
+        for stage, found in _at_every_stage(num_parameters, num_ranks, compute_itemsize, num_tensors)
+    )
+    return States(num_parameters, num_ranks, config.compute_dtype, optimizer, stages)
+
+
+def _at_every_stage(
+    num_parameters: int, num_ranks: int, compute_itemsize: int, num_tensors: int
+) -> Iterator[tuple[int, StateBytes]]:
+    layout = even_layout([Slot("model", (num_parameters,), 0)], num_ranks)
+    for stage, row in enumerate(STAGES):
+        sharding = row if num_ranks > 1 else STAGES[0]  # one rank alone shards nothing
+        stepped = layout.shard(0) if sharding.optimizer else layout.whole
+        yield (
+            stage,
+            state_bytes(layout, 0, sharding, compute_itemsize, _MASTER_ITEMSIZE, trainable=True, has_gradients=True)
+            + StateBytes(0, 0, num_tensors * _MASTER_ITEMSIZE * stepped.numel),
+        )
+
+
+def _optimizer(config: EngineConfig) -> tuple[str, int]:
+    if config.optimizer is None:
+        return "Adam (the config names none)", 2
+    name = config.optimizer.type.lower()
+    if name == "sgd":
+        return config.optimizer.type, 1 if config.optimizer.params.get("momentum") else 0
+    if name in _STATE_TENSORS:
+        return config.optimizer.type, _STATE_TENSORS[name]
+    return f"{config.optimizer.type}, counted as Adam", 2
