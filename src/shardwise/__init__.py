@@ -5,25 +5,57 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import CollectiveError, ConfigError, ShardwiseError, StateError
 
 if TYPE_CHECKING:
+    from shardwise.accelerator import Accelerator
+    from shardwise.data.prepare import skip_first_batches
+    from shardwise.handlers import DataLoaderConfiguration, InitProcessGroupKwargs
+    from shardwise.memory import find_executable_batch_size
     from shardwise.mesh import init_distributed
+    from shardwise.plugin import DeepSpeedPlugin
+    from shardwise.process import DistributedType, PartialState
+    from shardwise.random import synchronize_rng_states
     from shardwise.zero.engine import Engine
     from shardwise.zero.init import initialize
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "Accelerator": "accelerator",
+    "DataLoaderConfiguration": "handlers",
+    "DeepSpeedPlugin": "plugin",
+    "DistributedType": "process",
+    "Engine": "zero.engine",
+    "InitProcessGroupKwargs": "handlers",
+    "PartialState": "process",
+    "find_executable_batch_size": "memory",
+    "init_distributed": "mesh",
+    "initialize": "zero.init",
+    "skip_first_batches": "data.prepare",
+    "synchronize_rng_states": "random",
+}
+
 __all__ = [
+    "Accelerator",
     "CollectiveError",
     "ConfigError",
+    "DataLoaderConfiguration",
+    "DeepSpeedPlugin",
+    "DistributedType",
     "Engine",
+    "InitProcessGroupKwargs",
+    "PartialState",
     "ShardwiseError",
     "StateError",
+    "find_executable_batch_size",
     "init_distributed",
     "initialize",
+    "skip_first_batches",
+    "synchronize_rng_states",
 ]
 
 
@@ -32,16 +64,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "initialize":
-        from shardwise.zero.init import initialize
-
-        return initialize
-    if name == "init_distributed":
-        from shardwise.mesh import init_distributed
-
-        return init_distributed
-    if name == "Engine":
-        from shardwise.zero.engine import Engine
-
-        return Engine
+    if name in _HOMES:
+        return getattr(import_module(f"shardwise.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'shardwise' has no attribute {name!r}")
