@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,11 @@ import pytest
 import torch
 
 from shardwise import helpers, operations
+from shardwise.config.run.file import flag_mentions
+from shardwise.config.run.handover import pack
+from shardwise.config.run.said import Asked
 from shardwise.errors import ConfigError, StateError
+from shardwise.launch.environment import RUN_VARIABLE
 from shardwise.logging import get_logger
 from shardwise.process import DistributedType, PartialState
 from shardwise.random import set_seed, synchronize_rng_states
@@ -58,9 +63,10 @@ def test_another_device_is_refused_later() -> None:
         PartialState(cpu=True)
 
 
-def test_debug_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_DEBUG_MODE", "true")
-    assert PartialState(cpu=True).debug
+def test_debug_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "asked.json").write_text(pack(Asked().stronger(flag_mentions({"debug": True}))))
+    monkeypatch.setenv(RUN_VARIABLE, str(tmp_path / "asked.json"))
+    assert PartialState(cpu=True).debug is True
 
 
 def test_nothing_waits_and_everything_runs_here() -> None:
