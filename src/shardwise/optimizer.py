@@ -9,7 +9,7 @@ import torch
 
 from shardwise.accumulation import GradientState
 from shardwise.zero.engine import Engine
-from shardwise.zero.engine_optimizer import EngineOptimizer
+from shardwise.zero.engine_optimizer import EngineOptimizer, refuse_closure
 
 
 class AcceleratedOptimizer(EngineOptimizer):
@@ -27,8 +27,11 @@ class AcceleratedOptimizer(EngineOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """``engine.step()``, where this micro-batch ends a step."""
         if self.gradient_state.sync_gradients:
+            refuse_closure(closure)
             self.engine.set_gradient_accumulation_boundary(True)
-            super().step(closure)
+            self.engine.step()
+
+    step.hooked = True  # type: ignore[attr-defined]  # as the base class's
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, where this micro-batch ends a step.
@@ -38,7 +41,7 @@ class AcceleratedOptimizer(EngineOptimizer):
         """
         state = self.gradient_state
         if state.sync_gradients and (state.has_own_gradient or state.num_steps == 1):
-            super().zero_grad(set_to_none)
+            self.engine.zero_grad(set_to_none)
 
     def train(self) -> None:
         """For optimizers that have a mode, such as schedule-free ones."""

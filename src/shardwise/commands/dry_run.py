@@ -27,7 +27,7 @@ def print_job(job: Job, resolved: Resolved, inherited: Mapping[str, str]) -> Non
     for name, value in rank_environment(job, inherited, run_file).items():
         print(f"{name}={shlex.quote(value)}")
     print(f"{job.num_local_processes} x {shlex.join(job.command)}    # on {job.device.value}{_machine(job)}")
-    _print_table(screen, "setting", ((name, said) for name, said in _settings(job, resolved)))
+    _print_table(screen, "setting", _settings(job, resolved))
     if resolved.ds_config is not None:
         _print_table(screen, "DeepSpeed JSON", ((dotted(path), said) for path, said in resolved.origins.items()))
 
@@ -52,7 +52,9 @@ def _settings(job: Job, resolved: Resolved) -> Iterator[tuple[str, Said]]:
 
 
 def _print_table(screen: Console, title: str, rows: Iterator[tuple[str, Said]]) -> None:
-    table = Table(title, "value", "from")
+    table = Table()
+    for heading in (title, "value", "from"):
+        table.add_column(heading, overflow="fold")  # a key that is cut short names nothing
     plain = not screen.is_terminal
     if plain:
         table.box = None

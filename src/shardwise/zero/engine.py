@@ -524,6 +524,13 @@ class Engine(nn.Module):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A module looks for parameters and modules in everything; the numbers of each step are neither.
+        if isinstance(value, int | float):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         """Names that the engine lacks are looked up on the wrapped model, as with DeepSpeed's engine."""
         try:

@@ -42,9 +42,12 @@ class EngineOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a closure was passed: it would run the model again in the middle of a step.
         """
-        if closure is not None:
-            raise ValueError("step() takes no closure here: run forward and backward first, then call step().")
+        refuse_closure(closure)
         self._engine.step()
+
+    # torch would wrap the method for its profiler, which costs as much as all of our own work; the optimizer that was
+    # passed is wrapped anyway.
+    step.hooked = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """``engine.zero_grad()``."""
@@ -65,3 +68,9 @@ class EngineOptimizer(torch.optim.Optimizer):
                 raise
         else:
             super().add_param_group(param_group)
+
+
+def refuse_closure(closure: Callable[[], float] | None) -> None:
+    """A closure would run the model again in the middle of a step."""
+    if closure is not None:
+        raise ValueError("step() takes no closure here: run forward and backward first, then call step().")

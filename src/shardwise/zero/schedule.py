@@ -34,7 +34,9 @@ class Schedule:
     """Moves the units between their states; ``root`` stays whole from its forward to the end of backward."""
 
     def __init__(self, units: Sequence[Unit], root: Unit, budgets: Budgets, prefetches: bool) -> None:
-        self._units = units
+        shards = any(unit.is_sharded for unit in units)
+        self._moving = [unit for unit in units if unit.is_sharded or (shards and unit is root)]
+        """Units that have states to go through; the others are always whole and never watched."""
         self._root = root
         self._budgets = budgets
         self._prefetches = prefetches
@@ -143,16 +145,14 @@ class Schedule:
         return chosen
 
     def _live(self) -> int:
-        return sum(
-            unit.numel_sharded for unit in self._units if unit.is_sharded and unit.state is ShardedState.UNSHARDED
-        )
+        return sum(unit.numel_sharded for unit in self._moving if unit.state is ShardedState.UNSHARDED)
 
     # ------------------------------------------------------------------------------------------------------ end
 
     def reshard_all(self) -> None:
         """Everything home: the pass is over, or was given up."""
         self._ahead.clear()
-        for unit in self._units:
+        for unit in self._moving:
             unit.training_state = TrainingState.IDLE
             unit.forwards_in_graph = 0
             self._put_away(unit)
