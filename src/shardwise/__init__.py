@@ -13,7 +13,16 @@ from shardwise.errors import CollectiveError, ConfigError, ShardwiseError, State
 if TYPE_CHECKING:
     from shardwise.accelerator import Accelerator
     from shardwise.data.prepare import skip_first_batches
-    from shardwise.handlers import DataLoaderConfiguration, InitProcessGroupKwargs
+    from shardwise.availability import is_rich_available
+    from shardwise.handlers import (
+        AutocastKwargs,
+        DataLoaderConfiguration,
+        DDPCommunicationHookType,
+        DistributedDataParallelKwargs,
+        GradScalerKwargs,
+        InitProcessGroupKwargs,
+        ProfileKwargs,
+    )
     from shardwise.memory import find_executable_batch_size
     from shardwise.mesh import init_distributed
     from shardwise.plugin import DeepSpeedPlugin
@@ -26,34 +35,46 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Accelerator": "accelerator",
+    "AutocastKwargs": "handlers",
+    "DDPCommunicationHookType": "handlers",
     "DataLoaderConfiguration": "handlers",
     "DeepSpeedPlugin": "plugin",
+    "DistributedDataParallelKwargs": "handlers",
     "DistributedType": "process",
     "Engine": "zero.engine",
+    "GradScalerKwargs": "handlers",
     "InitProcessGroupKwargs": "handlers",
     "PartialState": "process",
+    "ProfileKwargs": "handlers",
     "find_executable_batch_size": "memory",
     "init_distributed": "mesh",
     "initialize": "zero.init",
+    "is_rich_available": "availability",
     "skip_first_batches": "data.prepare",
     "synchronize_rng_states": "random",
 }
 
 __all__ = [
     "Accelerator",
+    "AutocastKwargs",
     "CollectiveError",
     "ConfigError",
+    "DDPCommunicationHookType",
     "DataLoaderConfiguration",
     "DeepSpeedPlugin",
+    "DistributedDataParallelKwargs",
     "DistributedType",
     "Engine",
+    "GradScalerKwargs",
     "InitProcessGroupKwargs",
     "PartialState",
+    "ProfileKwargs",
     "ShardwiseError",
     "StateError",
     "find_executable_batch_size",
     "init_distributed",
     "initialize",
+    "is_rich_available",
     "skip_first_batches",
     "synchronize_rng_states",
 ]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ from shardwise.handlers import (
     GradScalerKwargs,
     InitProcessGroupKwargs,
     KwargsHandler,
+    ProfileKwargs,
     ProjectConfiguration,
 )
 from shardwise.helpers import extract_model_from_parallel, save
@@ -133,6 +135,7 @@ class Accelerator:
         self.scaler_handler: GradScalerKwargs = handlers.get(GradScalerKwargs, GradScalerKwargs())
         self.autocast_handler: AutocastKwargs = handlers.get(AutocastKwargs, AutocastKwargs())
         self.ddp_handler: DistributedDataParallelKwargs | None = handlers.get(DistributedDataParallelKwargs)
+        self.profile_handler: ProfileKwargs | None = handlers.get(ProfileKwargs)
         self.device_placement = device_placement
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
         self.rng_types = list(rng_types) if rng_types is not None else ["generator"]
@@ -240,6 +243,21 @@ class Accelerator:
     @even_batches.setter
     def even_batches(self, even_batches: bool) -> None:
         self.dataloader_config.even_batches = even_batches
+
+    @property
+    def use_seedable_sampler(self) -> bool:
+        """Whether loaders shuffle by a seed and the number of the epoch alone."""
+        return self.dataloader_config.use_seedable_sampler
+
+    @property
+    def non_blocking(self) -> bool:
+        """Whether batches are copied to the device without waiting."""
+        return self.dataloader_config.non_blocking
+
+    @property
+    def use_stateful_dataloader(self) -> bool:
+        """Whether loaders that know where they stand were asked for; all of them do."""
+        return self.dataloader_config.use_stateful_dataloader
 
     # --- processes -----------------------------------------------------------------------------------------------
 
@@ -379,6 +397,8 @@ class Accelerator:
             "gradient_clipping": clipping or 0.0,
             "zero_optimization": {"stage": 0},
         }
+        if self.ddp_handler is not None and self.ddp_handler.communication_dtype is not None:
+            config["communication_data_type"] = self.ddp_handler.communication_dtype
         if self.mixed_precision != "no":
             config["torch_autocast"] = {"enabled": True, "dtype": self.mixed_precision}
         if self.mixed_precision == "fp16":
@@ -458,6 +478,13 @@ class Accelerator:
     def no_sync(self, model: nn.Module) -> Iterator[None]:
         """Backward passes inside keep the model's gradients on this rank; the next one outside averages them."""
         with model.no_sync() if isinstance(model, Engine) else ExitStack():
+            yield
+
+    @staticmethod
+    @contextmanager
+    def trigger_sync_in_backward(model: nn.Module) -> Iterator[None]:
+        """Backward passes inside average the model's gradients, also within ``no_sync`` and of forwards made there."""
+        with model.sync() if isinstance(model, Engine) else ExitStack():
             yield
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
@@ -546,6 +573,23 @@ class Accelerator:
             cache_enabled=handler.cache_enabled,
         ):
             yield
+
+    @contextmanager
+    def profile(self, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
+        """Record what runs inside; with a directory for traces collective.
+
+        Args:
+            profile_handler: what to record, and where to put it; default: that of ``kwargs_handlers``.
+        """
+        handler = profile_handler or self.profile_handler or ProfileKwargs()
+        with handler.build() as profiler:
+            yield profiler
+        if handler.output_trace_dir is None:
+            return
+        os.makedirs(handler.output_trace_dir, exist_ok=True)
+        name = PROFILE_PATTERN_NAME.format(suffix=self.process_index)
+        profiler.export_chrome_trace(os.path.join(handler.output_trace_dir, name))
+        self.wait_for_everyone()
 
     def set_trigger(self) -> None:
         """Raise a flag on this rank, for ``check_trigger`` on all."""

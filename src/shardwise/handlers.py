@@ -8,9 +8,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.profiler import profile
 
 
 @dataclass
@@ -49,11 +53,30 @@ class InitProcessGroupKwargs(KwargsHandler):
             )
 
 
+class DDPCommunicationHookType(StrEnum):
+    """What a script may ask to be done with gradients on their way between ranks."""
+
+    NO = "no"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    POWER_SGD = "power_sgd"
+    BATCHED_POWER_SGD = "batched_power_sgd"
+
+
+_IN_16_BITS = (DDPCommunicationHookType.FP16, DDPCommunicationHookType.BF16)
+
+
 @dataclass
 class DistributedDataParallelKwargs(KwargsHandler):
-    """Settings of torch's own data parallelism, which shardwise does not need: each is accepted without effect.
+    """Settings of torch's own data parallelism, which shardwise does not need: all but the last three change nothing.
 
     Unused parameters, divergent branches and static graphs need no setting here, gradients lie in buckets anyway.
+
+    Attributes:
+        comm_hook: "fp16" or "bf16" lets gradients travel in 16 bits, in a run without ZeRO (with it the JSON's
+            "communication_data_type" says so).
+        comm_wrapper: acts on a hook that is none of these two, and there is none here.
+        comm_state_option: of such a hook.
     """
 
     dim: int = 0
@@ -63,16 +86,91 @@ class DistributedDataParallelKwargs(KwargsHandler):
     check_reduction: bool = False
     gradient_as_bucket_view: bool = False
     static_graph: bool = False
-    comm_hook: Any = "no"
-    comm_wrapper: Any = "no"
-    comm_state_option: Any = None
+    comm_hook: DDPCommunicationHookType | str = DDPCommunicationHookType.NO
+    comm_wrapper: DDPCommunicationHookType | str = DDPCommunicationHookType.NO
+    comm_state_option: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.comm_hook not in ("no", None) or self.comm_wrapper not in ("no", None):
+        hook, wrapper = (_hook_type(given) for given in (self.comm_hook, self.comm_wrapper))
+        self.comm_hook, self.comm_wrapper = hook, wrapper
+        if hook not in (DDPCommunicationHookType.NO, *_IN_16_BITS):
             raise ConfigError(
-                "DistributedDataParallelKwargs(comm_hook=...) changes how gradients travel, and there is no such hook "
-                'here. Set "communication_data_type" in the DeepSpeed JSON for gradients in 16 bits.'
+                f"DistributedDataParallelKwargs(comm_hook={hook.value!r}): gradients travel whole, there is no low-rank "
+                "approximation of them. Use 'fp16' or 'bf16' for gradients in 16 bits."
             )
+        if hook in _IN_16_BITS and wrapper not in (DDPCommunicationHookType.NO, hook):
+            raise ConfigError(
+                f"DistributedDataParallelKwargs(comm_hook={hook.value!r}, comm_wrapper={wrapper.value!r}): gradients "
+                "travel in one dtype. Leave comm_wrapper out."
+            )
+
+    @property
+    def communication_dtype(self) -> str | None:
+        """ "fp16" or "bf16" where a hook asks for it; None: gradients travel as they are."""
+        return str(self.comm_hook) if self.comm_hook in _IN_16_BITS else None
+
+
+def _hook_type(given: DDPCommunicationHookType | str) -> DDPCommunicationHookType:
+    try:
+        return DDPCommunicationHookType(given)
+    except ValueError:
+        raise ConfigError(
+            f"DistributedDataParallelKwargs got a hook {given!r}: expected one of {', '.join(DDPCommunicationHookType)}."
+        ) from None
+
+
+@dataclass
+class ProfileKwargs(KwargsHandler):
+    """What ``Accelerator.profile`` records, and where it puts it.
+
+    Attributes:
+        activities: "cpu" and "cuda"; None: what there is.
+        schedule_option: ``wait``, ``warmup``, ``active``, ``repeat`` and ``skip_first``, counted in calls of the
+            profiler's ``step()``; None records all of the block.
+        on_trace_ready: called with the profiler at the end of each ``active`` part.
+        record_shapes: record the shapes of operators' inputs.
+        profile_memory: record what is allocated and freed.
+        with_stack: record file and line of operators.
+        with_flops: estimate the operations of matrix products and convolutions.
+        with_modules: record the modules that operators belong to.
+        output_trace_dir: write ``profile_RANK.json`` there, as Chrome's tracing view reads it; not together with
+            ``schedule_option``, of which the profiler keeps only the last part: write it in ``on_trace_ready``.
+    """
+
+    activities: list[str] | None = None
+    schedule_option: dict[str, int] | None = None
+    on_trace_ready: Callable[..., Any] | None = None
+    record_shapes: bool = False
+    profile_memory: bool = False
+    with_stack: bool = False
+    with_flops: bool = False
+    with_modules: bool = False
+    output_trace_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.activities or () if name not in ("cpu", "cuda")]
+        if unknown:
+            raise ConfigError(f"ProfileKwargs(activities={self.activities}): expected 'cpu' and 'cuda'.")
+
+    def build(self) -> profile:
+        """A profiler of torch that records as said."""
+        from torch import profiler
+
+        activities = None
+        if self.activities is not None:
+            known = {"cpu": profiler.ProfilerActivity.CPU, "cuda": profiler.ProfilerActivity.CUDA}
+            activities = [known[name] for name in self.activities]
+        schedule = None if self.schedule_option is None else profiler.schedule(**self.schedule_option)
+        return profiler.profile(
+            activities=activities,
+            schedule=schedule,
+            on_trace_ready=self.on_trace_ready,
+            record_shapes=self.record_shapes,
+            profile_memory=self.profile_memory,
+            with_stack=self.with_stack,
+            with_flops=self.with_flops,
+            with_modules=self.with_modules,
+        )
 
 
 @dataclass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import socket
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from os import PathLike
 from typing import IO, Any
 
@@ -113,6 +114,30 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if storage:
             storages.add(storage)
     return {name: tensor.contiguous() for name, tensor in result.items()}
+
+
+def load(f: str | PathLike[str] | IO[bytes], map_location: Any = None, **kwargs: Any) -> Any:
+    """``torch.load``, which unpickles nothing but tensors and plain containers.
+
+    Args:
+        f: a path or an open file.
+        map_location: as ``torch.load`` takes it.
+        kwargs: likewise; ``weights_only=False`` to unpickle anything, from files that you trust.
+    """
+    return torch.load(f, map_location=map_location, **{"weights_only": True, **kwargs})
+
+
+def clean_state_dict_for_safetensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict as safetensors can hold it: contiguous, and of tensors that share memory the first name alone."""
+    tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    kept = _unshared(tensors)
+    return {name: kept.get(name, value) for name, value in state_dict.items() if name in kept or name not in tensors}
+
+
+def is_port_in_use(port: int | str | None = None) -> bool:
+    """Whether some process of this machine listens on the port (29500 where none is given)."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", 29500 if port is None else int(port))) == 0
 
 
 def merge_dicts(source: MutableMapping[Any, Any], destination: MutableMapping[Any, Any]) -> MutableMapping[Any, Any]:

@@ -247,7 +247,18 @@ class Engine(nn.Module):
 
         Works at every stage; at stages 2 and 3 it costs a whole gradient until then.
         """
-        previous, self._syncs = self._syncs, False
+        with self._syncing(False):
+            yield
+
+    @contextmanager
+    def sync(self) -> Iterator[None]:
+        """Backward passes inside average their gradients, also where this stands inside ``no_sync``."""
+        with self._syncing(True):
+            yield
+
+    @contextmanager
+    def _syncing(self, syncs: bool) -> Iterator[None]:
+        previous, self._syncs = self._syncs, syncs
         try:
             yield
         finally:
