@@ -57,6 +57,7 @@ A script counts `total_num_steps` with the loader of one process; a run of W ran
 | `num_processes` on the CPU | 1 on every rank | the number of ranks |
 | `deepspeed_config` with another `distributed_type` | ignored | an error |
 | an unquoted `no` in the YAML | false | the word |
+| several machines, no launcher named | `pdsh` starts the others | `standard`: the same command on each machine |
 | torch's compiler (`dynamo_…`) | compiles the model | refused: compile the model's blocks yourself |
 
 """
