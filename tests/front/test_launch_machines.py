@@ -25,7 +25,17 @@ from tests.front.command import FIXTURES, SHARDWISE, plain_environment
 SCRIPT = str(FIXTURES / "report.py")
 LAPTOP = Machine(num_cores=8, num_gpus=0)
 SERVER = Machine(num_cores=32, num_gpus=4)
-TWO = {"num_machines": 2, "num_processes": 4, "main_process_ip": "10.0.0.1", "main_process_port": 29500}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+PORT = free_port()  # one that no other job of this machine listens on
+TWO = {"num_machines": 2, "num_processes": 4, "main_process_ip": "10.0.0.1", "main_process_port": PORT}
 
 
 def request(
@@ -37,13 +47,6 @@ def request(
         path.write_text(yaml)
         asked = Asked({name: (said,) for name, said in file_mentions(read_run_file(path)).items()})
     return request_from(resolve(asked.stronger(flag_mentions(flags or {}))), Program(name=SCRIPT, gpu_flag=gpu_flag))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # --- several machines -----------------------------------
@@ -107,7 +110,7 @@ def test_a_machine_that_meets_nobody_says_where_it_looked(
 )
 def test_machines_meet_by_what_was_said(flags: dict[str, Any], backend: str) -> None:
     meeting = request({**TWO, "machine_rank": 1, **flags}).meeting
-    assert meeting == Meeting(num_machines=2, machine_rank=1, address="10.0.0.1", port=29500, backend=backend)
+    assert meeting == Meeting(num_machines=2, machine_rank=1, address="10.0.0.1", port=PORT, backend=backend)
 
 
 def test_processes_are_counted_over_all_machines() -> None:
@@ -140,7 +143,7 @@ def test_what_machines_need_is_told_at_once() -> None:
 
 
 def test_numbers_from_two_places_must_fit(tmp_path: Path) -> None:
-    yaml = "num_machines: 2\nnum_processes: 4\nmain_process_ip: 10.0.0.1\nmain_process_port: 29500\n"
+    yaml = f"num_machines: 2\nnum_processes: 4\nmain_process_ip: 10.0.0.1\nmain_process_port: {PORT}\n"
     assert request({"machine_rank": 1}, yaml, at=tmp_path).meeting.machine_rank == 1
     with pytest.raises(ConfigError, match=r"machine_rank is 2 \(--machine_rank\), expected less than .*line 1"):
         request({"machine_rank": 2}, yaml, at=tmp_path)
