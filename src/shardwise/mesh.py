@@ -5,6 +5,7 @@ The mesh names its axes. ``dp_shard`` is the axis that model states are sharded 
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from shardwise import torch_compat
 from shardwise.errors import ConfigError
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -86,11 +88,20 @@ def init_distributed(
             f"the environment has RANK or WORLD_SIZE but lacks {', '.join(missing)}. "
             "Start the script with `shardwise launch` or torchrun, which set all of them."
         )
+    torch_compat.import_what_binds_groups()
     chosen = choose_device(device)
     backend = dist_backend or ("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group(backend, timeout=timeout)
+    if chosen.type == "cpu":  # with NCCL the end of a group may wait for kernels that never end
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    """At the end of a script that has not done so: a thread of gloo that still runs then may abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build_mesh(device: str | torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> Mesh:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,3 +80,13 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
     disabled: Callable[..., Any] = torch.compiler.disable(function)
     return disabled
+
+
+def import_what_binds_groups() -> None:
+    """Import, before there is a process group, the module whose functions keep the group of their import.
+
+    ``torch.distributed.nn.functional`` has the default group for the default of arguments, and making an optimizer
+    imports it. Imported after the group was made it keeps the group alive beyond its end, with its threads; and a
+    thread of gloo that still runs when the process exits may abort it ("terminate called without an active exception").
+    """
+    import_module("torch.distributed.nn.functional")

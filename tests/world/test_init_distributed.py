@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 import shardwise
 from shardwise.errors import ConfigError
+from tests.front.command import shardwise as shardwise_command
 from tests.references import MLP
 from tests.world.engine_runs import STAGES, config_of, equals_reference
 from tests.worlds import World
@@ -47,3 +49,30 @@ def test_joining(own_world: Callable[..., World]) -> None:
 
 def test_a_single_process(own_world: Callable[..., World]) -> None:
     own_world(1, process_group=False).run(without_an_environment)
+
+
+LIFE = """
+import os, sys, torch, torch.distributed as dist, shardwise
+from pathlib import Path
+def gloo_threads():
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+shardwise.init_distributed()
+model = torch.nn.Linear(3, 5)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # the first one of the process
+engine, *_ = shardwise.initialize(model=model, optimizer=optimizer, config={"train_micro_batch_size_per_gpu": 1})
+engine.backward(engine(torch.ones(1, 3)).sum())
+engine.step()
+engine.close()
+assert gloo_threads() > 0
+dist.destroy_process_group()
+del engine, _
+assert gloo_threads() == 0, "the group was kept"
+print("left")
+"""
+
+
+def test_a_group_that_was_ended_leaves_no_thread_behind(tmp_path: Path) -> None:
+    """One that still runs at the process's exit may abort it."""
+    (tmp_path / "life.py").write_text(LIFE)
+    done = shardwise_command("launch", "--cpu", "-q", "-n", "2", "life.py", temporary=tmp_path, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "left\nleft\n"), done.stderr
