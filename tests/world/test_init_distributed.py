@@ -52,7 +52,7 @@ def test_a_single_process(own_world: Callable[..., World]) -> None:
 
 
 LIFE = """
-import os, sys, torch, torch.distributed as dist, shardwise
+import gc, torch, torch.distributed as dist, shardwise
 from pathlib import Path
 def gloo_threads():
     return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
@@ -66,6 +66,7 @@ engine.close()
 assert gloo_threads() > 0
 dist.destroy_process_group()
 del engine, _
+gc.collect()
 assert gloo_threads() == 0, "the group was kept"
 print("left")
 """
