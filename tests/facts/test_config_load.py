@@ -127,7 +127,7 @@ def test_keys_without_effect_are_named_in_one_warning(caplog):
             {
                 "graph_harvesting": True,
                 "zero_allow_untested_optimizer": True,
-                "zero_optimization": {"gather_16bit_weights_on_model_save": True, "round_robin_gradients": True},
+                "zero_optimization": {"module_granularity_threshold": 7, "round_robin_gradients": True},
             }
         )
     (record,) = caplog.records
@@ -135,7 +135,7 @@ def test_keys_without_effect_are_named_in_one_warning(caplog):
     for name in (
         "graph_harvesting",
         "zero_allow_untested_optimizer",
-        "zero_optimization.gather_16bit_weights_on_model_save",
+        "zero_optimization.module_granularity_threshold",
         "zero_optimization.round_robin_gradients",
     ):
         assert f"\n  {name}: " in text

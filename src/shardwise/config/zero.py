@@ -213,7 +213,10 @@ class ZeroConfig(Block):
 
     stage3_gather_16bit_weights_on_model_save: Annotated[
         bool,
-        NoEffect("whole weights come from engine.state_dict() at every stage, asked for or not"),
+        Acts(
+            "at stage 3 Accelerator.get_state_dict gathers whole weights; engine.state_dict() does so unasked",
+            cost="the main process holds the whole model in host memory",
+        ),
         Alias("gather_16bit_weights_on_model_save"),
         Alias("stage3_gather_fp16_weights_on_model_save"),
     ] = False
