@@ -153,6 +153,26 @@ def test_naming_a_container_that_is_never_called_is_a_mistake(settings: dict[str
         plan_units(Parts(blocks=nn.ModuleList([Block(), Block()])), **settings)
 
 
+class CalledList(nn.ModuleList):
+    """A container with a forward of its own, as mixtures of experts have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self:
+            x = block.up(x)
+        return x
+
+
+@pytest.mark.parametrize("settings", [{"unit_classes": ["CalledList"]}, {"leaf_classes": ["CalledList"]}])
+def test_a_container_that_is_called_may_be_named(settings: dict[str, Any]) -> None:
+    model = Parts(first=CalledList([Block(), Block()]), second=CalledList([Block()]))
+    assert names(model, **settings) == ["first", "second"]
+
+
+def test_containers_that_are_called_are_blocks_like_others() -> None:
+    model = Parts(stages=nn.ModuleList([CalledList([Block(), Other()]), CalledList([Block(), Other()])]))
+    assert names(model) == ["stages.0", "stages.1"]
+
+
 def test_the_output_layer_of_attention_stays_with_the_attention() -> None:
     """torch's attention reads the weights of ``out_proj`` and never calls it."""
     model = Parts(blocks=nn.ModuleList([Block(), Block()]), pool=nn.MultiheadAttention(16, 2))

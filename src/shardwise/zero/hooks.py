@@ -2,10 +2,14 @@
 
 - before a sharded unit's module runs: make it whole; mark its differentiable inputs: its backward ends there
 - after it ran: mark its outputs: its backward begins there; put it away
-- a gradient reached an output: make the unit whole for its backward
+- a gradient reached an output: make the unit whole for its backward; calls that were made later are over
 - a parameter's gradient is complete: hand it to the unit, which may now be complete
-- gradients left through every marked input: the unit's backward is over, put it away
+- gradients left through an input: the call's backward is over, put the unit away
 - autograd is done: reduce what is left, bring everything home
+
+Why one input is enough: of the nodes that are ready autograd runs the newest first. What a call did is newer than what
+made its inputs, so an input's node runs after all of the call. The marks are hooks on nodes that exist anyway: a node
+of our own would add up the gradients of a tensor that several modules use in another order, and change their last bits.
 
 Recompute (activation checkpointing) runs a forward inside backward. A unit whose outputs were marked before is being
 recomputed for a backward that is on its way: its forward must neither mark again nor put away. One that has no marked
@@ -21,10 +25,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from shardwise import torch_compat
 from shardwise.comm.base import Communicator
+from shardwise.zero.invariants import refuse_copy
+from shardwise.zero.module_hook import ModuleHook
 from shardwise.zero.reducer import Reducer
 from shardwise.zero.schedule import Schedule
 from shardwise.zero.unit import TrainingState, Unit
@@ -63,6 +70,13 @@ class Hooks:
         self.in_backward = False
         self._backward = -1
         self._reducing = False
+        self._num_events = 0
+        self._forwards: dict[Unit, _Call] = {}
+        """The call that each unit's module is in."""
+        self._entry: nn.Module | None = None
+        """The part of the model that runs without the model around it."""
+        self._open: list[_Call] = []
+        """Calls that a gradient has entered and not left."""
         self._handles: list[RemovableHandle] = []
         shards = any(unit.is_sharded for unit in units)
         for unit in units:
@@ -70,6 +84,8 @@ class Hooks:
             if unit.is_sharded or (shards and unit is root):
                 self._watch_module(unit)
             self._watch_gradients(unit)
+        if root.is_sharded:
+            self._watch_entries()
 
     def remove(self) -> None:
         """Take all hooks off the model."""
@@ -81,8 +97,9 @@ class Hooks:
 
     def _watch_module(self, unit: Unit) -> None:
         # Hooks of a compiled block must stay out of its graph: they move storage, which no graph can hold.
-        before = torch_compat.outside_graphs(partial(self._before_forward, unit))
-        after = torch_compat.outside_graphs(partial(self._after_forward, unit))
+        refuse = partial(refuse_copy, unit)
+        before = ModuleHook(torch_compat.outside_graphs(partial(self._before_forward, unit)), refuse)
+        after = ModuleHook(torch_compat.outside_graphs(partial(self._after_forward, unit)), refuse)
         self._handles.append(unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
         self._handles.append(unit.module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
@@ -97,11 +114,16 @@ class Hooks:
         if self._is_expected_in_backward(unit, recomputing):
             return None
         unit.training_state = TrainingState.FORWARD
+        call = self._forwards[unit] = _Call(unit, begin=self._next_event())
         if unit is self._root or not torch.is_grad_enabled():
             return None
-        marker = _InputMarker(partial(self._schedule.after_backward, unit))
-        marked = map_tensors(args, marker.mark), map_tensors(kwargs, marker.mark)
-        return marked if marker.num_marked else None
+        has_leaf = any(_is_leaf(tensor) for tensor in _tensors((args, kwargs)))
+        if has_leaf:
+            args, kwargs = map_tensors(args, _not_a_leaf), map_tensors(kwargs, _not_a_leaf)
+        call.inputs = [tensor.grad_fn for tensor in _tensors((args, kwargs)) if tensor.grad_fn is not None]
+        for node in call.inputs:
+            node.register_prehook(lambda _: self._after_backward(call))
+        return (args, kwargs) if has_leaf else None
 
     def _after_forward(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -111,9 +133,11 @@ class Hooks:
             return  # a recomputation: backward will put the unit away
         unit.training_state = TrainingState.IDLE
         in_graph = False
+        call = self._forwards.pop(unit)
+        call.end = self._next_event()
         if torch.is_grad_enabled():
-            hook = partial(self._before_backward, unit)
-            in_graph = _mark_outputs(output, hook)
+            in_graph = _mark_outputs(output, partial(self._before_backward, call), handed_on=call.inputs)
+        call.inputs = ()  # nodes hold the call: it must not hold them
         if in_graph:
             unit.forwards_in_graph += 1
         if unit is self._root:
@@ -121,6 +145,39 @@ class Hooks:
                 self._schedule.reshard_all()
         elif not recomputing:
             self._schedule.after_forward(unit, in_graph)
+
+    # A part of the model may be called without the model around it: generation runs an encoder by itself. If the part
+    # holds parameters of the root, these are whole for that call as they would be for the model's.
+
+    def _watch_entries(self) -> None:
+        own = {parameter for segment in self._root.segments for parameter in segment.parameters.parameters}
+        units = {unit.module for unit in self._units}
+        inside = {part for unit in units - {self._root.module} for part in unit.modules()} - units
+        refuse = partial(refuse_copy, self._root)
+        before = ModuleHook(torch_compat.outside_graphs(self._before_entry), refuse)
+        after = ModuleHook(torch_compat.outside_graphs(self._after_entry), refuse)
+        for module in self._root.module.modules():
+            if module is self._root.module or module in inside or own.isdisjoint(module.parameters()):
+                continue
+            self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+            self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    def _before_entry(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self._root.is_whole:
+            self._schedule.before_forward(self._root)
+            self._entry = module
+
+    def _after_entry(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is not self._entry:
+            return
+        self._entry = None
+        call = _Call(self._root, begin=0, end=self._next_event())
+        if not (torch.is_grad_enabled() and _mark_outputs(output, partial(self._before_backward, call))):
+            self._schedule.after_forward(self._root, in_graph=False)
+
+    def _next_event(self) -> int:
+        self._num_events += 1
+        return self._num_events
 
     @staticmethod
     def _is_expected_in_backward(unit: Unit, recomputing: bool) -> bool:
@@ -144,11 +201,22 @@ class Hooks:
             unit.begin_backward()
         torch_compat.queue_end_of_backward(self._end_of_backward)
 
-    def _before_backward(self, unit: Unit, gradient: torch.Tensor) -> None:
+    def _before_backward(self, call: _Call, gradient: torch.Tensor) -> None:
         self._begin_backward()
+        backward, unit = torch_compat.current_backward(), call.unit
+        for later in [c for c in self._open if c.begin > call.end and c.backward == backward]:
+            self._after_backward(later)
+        if unit is not self._root and call not in self._open:
+            call.backward = backward
+            self._open.append(call)
         if unit.training_state is not TrainingState.PRE_BACKWARD:
             unit.training_state = TrainingState.PRE_BACKWARD
             self._schedule.before_backward(unit)
+
+    def _after_backward(self, call: _Call) -> None:
+        if call in self._open:
+            self._open.remove(call)
+            self._schedule.after_backward(call.unit)
 
     def _watch_gradients(self, unit: Unit) -> None:
         parameters = dict(unit.module.named_parameters(remove_duplicate=False))
@@ -181,6 +249,7 @@ class Hooks:
         return hook
 
     def _end_of_backward(self) -> None:
+        self._open.clear()
         self._schedule.reshard_all()
         if self._reducing:
             self._reducer.end(self._schedule.step)
@@ -193,6 +262,7 @@ class Hooks:
         if not self.in_backward:
             return
         self.in_backward = False
+        self._open.clear()
         self._reducer.abandon()
         self._schedule.reshard_all()
         for unit in self._units:
@@ -200,39 +270,37 @@ class Hooks:
         self._comm.realign()
 
 
-class _InputMarker:
-    """Marks the differentiable inputs of one call and reports when gradients left through all of them.
+@dataclasses.dataclass(slots=True, eq=False)
+class _Call:
+    """One call of a unit's module."""
 
-    A mark is a view with a hook on its autograd node. The node runs after everything that the call did with the input;
-    a plain tensor hook would wait for other users of the tensor too.
+    unit: Unit
+    begin: int
+    """When it was made: a number that grows from event to event."""
+    end: int = 0
+    inputs: Sequence[Node] = ()
+    """What made its differentiable inputs; only until it ends."""
+    backward: int = -1
+    """The pass that is in it."""
+
+
+def _is_leaf(tensor: torch.Tensor) -> bool:
+    return tensor.requires_grad and tensor.grad_fn is None
+
+
+def _not_a_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf's gradient is taken in as early as can be, not last: a view stands in for it."""
+    return tensor.view_as(tensor) if _is_leaf(tensor) else tensor
+
+
+def _mark_outputs(output: Any, hook: Callable[[torch.Tensor], None], handed_on: Sequence[Node] = ()) -> bool:
+    """Call ``hook`` when a gradient reaches a tensor in ``output``; whether there is such a tensor.
+
+    What nodes ``handed_on`` made came in as inputs: gradients reach it when the call is long over.
     """
-
-    def __init__(self, on_all_left: Callable[[], None]) -> None:
-        self._on_all_left = on_all_left
-        self.num_marked = 0
-        self._num_left = 0
-
-    def mark(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        view = tensor.view_as(tensor)
-        assert view.grad_fn is not None
-        view.grad_fn.register_hook(self._left)
-        self.num_marked += 1
-        return view
-
-    def _left(self, inputs: Any, outputs: Any) -> None:
-        self._num_left += 1
-        if self._num_left == self.num_marked:
-            self._num_left = 0
-            self._on_all_left()
-
-
-def _mark_outputs(output: Any, hook: Callable[[torch.Tensor], None]) -> bool:
-    """Call ``hook`` when a gradient reaches a tensor in ``output``; whether there is such a tensor."""
     marked = False
     for tensor in _tensors(output):
-        if not tensor.requires_grad:
+        if not tensor.requires_grad or any(tensor.grad_fn is node for node in handed_on):
             continue
         marked = True
         tensor.register_hook(hook)

@@ -31,3 +31,12 @@ def check_reduced(units: Iterable[Unit], moment: str) -> None:
     for unit in units:
         if unit.has_unreduced:
             raise StateError(f"unit {unit.name!r} holds a gradient that was not averaged over ranks {moment}.")
+
+
+def refuse_copy(unit: Unit) -> None:
+    """A copy of parameters that rest as shards would hold NaN."""
+    if unit.is_sharded and not unit.is_whole:
+        raise StateError(
+            f"the model was to be copied or pickled while unit {unit.name!r} is sharded: the copy would hold NaN. "
+            "Do it inside engine.gathered_parameters(), which every rank enters."
+        )

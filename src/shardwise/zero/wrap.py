@@ -26,7 +26,7 @@ _LAYERS = (nn.Linear, nn.Embedding)
 """Layers that are called to be used. Their subclasses may be mere holders of a weight, as attention's output layer."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""Never called, so nothing would say when they are to be whole."""
+"""Never called, so nothing would say when they are to be whole; but for subclasses with a forward of their own."""
 
 ROOT = "<root>"
 """Name of the unit of what is left over."""
@@ -102,11 +102,15 @@ def _named_classes(model: nn.Module, classes: Collection[str], setting: str) -> 
 
 def _refuse_containers(modules: Mapping[str, nn.Module], setting: str) -> None:
     for name, module in modules.items():
-        if isinstance(module, _CONTAINERS):
+        if _is_mere_container(module):
             raise ConfigError(
                 f"{setting} chooses {name!r}, a {type(module).__name__}: containers are never called, so a unit could "
                 "not know when to be whole. Name the class of the modules inside, or of the module around."
             )
+
+
+def _is_mere_container(module: nn.Module) -> bool:
+    return isinstance(module, _CONTAINERS) and type(module).forward is nn.Module.forward
 
 
 def _find_leaves(
@@ -144,7 +148,7 @@ def _repeated_blocks(model: nn.Module, leaves: Collection[str]) -> dict[str, nn.
             repeated.update(type(child) for child in children.values() if _has_parameters(child))
         for name, child in children.items():
             is_block = repeated[type(child)] >= 2 and name not in leaves
-            if isinstance(child, (*_CONTAINERS, nn.Sequential)):
+            if _is_mere_container(child) or isinstance(child, nn.Sequential):
                 before = len(blocks)
                 visit(child, name)
                 is_block = is_block and isinstance(child, nn.Sequential) and len(blocks) == before
