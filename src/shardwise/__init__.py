@@ -12,8 +12,8 @@ from shardwise.errors import CollectiveError, ConfigError, ShardwiseError, State
 
 if TYPE_CHECKING:
     from shardwise.accelerator import Accelerator
-    from shardwise.data.prepare import skip_first_batches
     from shardwise.availability import is_rich_available
+    from shardwise.data.prepare import skip_first_batches
     from shardwise.handlers import (
         AutocastKwargs,
         DataLoaderConfiguration,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         InitProcessGroupKwargs,
         ProfileKwargs,
     )
+    from shardwise.launchers import debug_launcher, notebook_launcher
     from shardwise.memory import find_executable_batch_size
     from shardwise.mesh import init_distributed
     from shardwise.plugin import DeepSpeedPlugin
@@ -46,10 +47,12 @@ _HOMES = {
     "InitProcessGroupKwargs": "handlers",
     "PartialState": "process",
     "ProfileKwargs": "handlers",
+    "debug_launcher": "launchers",
     "find_executable_batch_size": "memory",
     "init_distributed": "mesh",
     "initialize": "zero.init",
     "is_rich_available": "availability",
+    "notebook_launcher": "launchers",
     "skip_first_batches": "data.prepare",
     "synchronize_rng_states": "random",
 }
@@ -71,10 +74,12 @@ __all__ = [
     "ProfileKwargs",
     "ShardwiseError",
     "StateError",
+    "debug_launcher",
     "find_executable_batch_size",
     "init_distributed",
     "initialize",
     "is_rich_available",
+    "notebook_launcher",
     "skip_first_batches",
     "synchronize_rng_states",
 ]

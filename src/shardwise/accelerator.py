@@ -21,19 +21,32 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from shardwise import operations, roll_call
 from shardwise.accumulation import GradientAccumulationPlugin, GradientState
+from shardwise.checkpoint.model import Wishes
+from shardwise.checkpointing import (
+    Prepared,
+    Registered,
+    input_folder,
+    load_state,
+    output_folder,
+    save_state,
+    write_module,
+)
 from shardwise.data.prepare import prepare_data_loader, skip_first_batches
 from shardwise.errors import ConfigError, StateError
 from shardwise.handlers import (
+    PROFILE_PATTERN_NAME,
     AutocastKwargs,
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -136,6 +149,7 @@ class Accelerator:
         self.autocast_handler: AutocastKwargs = handlers.get(AutocastKwargs, AutocastKwargs())
         self.ddp_handler: DistributedDataParallelKwargs | None = handlers.get(DistributedDataParallelKwargs)
         self.profile_handler: ProfileKwargs | None = handlers.get(ProfileKwargs)
+        self._check_gradient_dtype()
         self.device_placement = device_placement
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
         self.rng_types = list(rng_types) if rng_types is not None else ["generator"]
@@ -150,6 +164,15 @@ class Accelerator:
         self._optimizers: list[AcceleratedOptimizer] = []
         self._schedulers: list[AcceleratedScheduler] = []
         self._dataloaders: list[Any] = []
+        self._registered = Registered()
+
+    def _check_gradient_dtype(self) -> None:
+        hook = None if self.ddp_handler is None else self.ddp_handler.communication_dtype
+        if hook is not None and self.deepspeed_plugin is not None:
+            raise ConfigError(
+                f"DistributedDataParallelKwargs(comm_hook={hook!r}) is for runs without ZeRO. With ZeRO set "
+                f'"communication_data_type": "{hook}" in the DeepSpeed JSON.'
+            )
 
     # --- what the run is -----------------------------------------------------------------------------------------
 
@@ -606,11 +629,20 @@ class Accelerator:
 
     @contextmanager
     def join_uneven_inputs(self, joinables: Sequence[Any], even_batches: bool | None = None) -> Iterator[None]:
-        """Loops of uneven length. Prepared loaders are even unless ``even_batches`` is false, which is refused."""
-        if even_batches is False and self.num_processes > 1:
+        """Loops of uneven length, which engines do not run: refused where loaders are not even.
+
+        Args:
+            joinables: models, and whatever else takes part in the loop.
+            even_batches: whether loaders are even inside; default: as they are.
+
+        Raises:
+            ConfigError: a model of several ranks is to be run on loaders that are not even.
+        """
+        is_even = self.even_batches if even_batches is None else even_batches
+        if not is_even and self.num_processes > 1 and any(isinstance(item, Engine) for item in joinables):
             raise ConfigError(
-                "join_uneven_inputs(even_batches=False): ranks of an engine step together, so none may run out of "
-                "batches before the others. Leave even_batches at True; gather_for_metrics drops what is twice."
+                "join_uneven_inputs() with even_batches=False: ranks of an engine step together, so none may run out "
+                "of batches before the others. Leave even_batches at True; gather_for_metrics drops what is twice."
             )
         yield
 
@@ -705,11 +737,12 @@ class Accelerator:
         """The script's own module."""
         return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
 
-    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any] | None:
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """Whole weights, on the CPU. Collective: call it on every rank.
 
         Returns:
-            The state dict of the script's module; at stage 3 on the main process alone, None on the others.
+            The state dict of the script's module; at stage 3 on the main process alone, an empty one on the others:
+            ``save_pretrained(state_dict=...)`` would take None for "ask the module", whose parameters are in shards.
 
         Raises:
             ConfigError: stage 3, and neither JSON nor plugin allows gathering whole weights.
@@ -725,12 +758,137 @@ class Accelerator:
                 '"stage3_gather_16bit_weights_on_model_save": true in the JSON, or zero3_save_16bit_model in the YAML, '
                 "or give --zero3_save_16bit_model true."
             )
-        state = model.state_dict()
-        return state if self.is_main_process else None
+        return model.gather_state_dict()
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
         """Write ``obj`` on the main process alone."""
         save(obj, f, self.project_configuration.save_on_each_node, safe_serialization)
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write whole weights as ``from_pretrained`` reads them, never holding them all. Collective.
+
+        Args:
+            model: prepared or not.
+            save_directory: made where it is missing.
+            max_shard_size: of a file; several get an index.
+            safe_serialization: False writes files for ``torch.load``.
+        """
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise ConfigError(f"save_model() got the path {save_directory}, which is a file. Expected a directory.")
+        if self.is_main_process:
+            directory.mkdir(parents=True, exist_ok=True)
+        if isinstance(model, Engine):
+            model.write_weights(directory, max_shard_size, safe_serialization)
+        elif self.is_main_process:
+            write_module(model, directory, max_shard_size, safe_serialization)
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Have ``save_state`` and ``load_state`` keep the state of these objects, too.
+
+        Args:
+            objects: anything with ``state_dict`` and ``load_state_dict``.
+        """
+        self._registered.add(objects)
+
+    def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Call ``hook(models, weights, output_dir)`` on every rank before ``save_state`` writes.
+
+        ``weights`` has an empty dict for each model: engines write their own. Nothing is left out of the checkpoint by
+        taking it from the lists.
+        """
+        return self._registered.add_hook(self._registered.save_hooks, hook)
+
+    def register_load_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Call ``hook(models, input_dir)`` on every rank before ``load_state`` reads."""
+        return self._registered.add_hook(self._registered.load_hooks, hook)
+
+    def save_state(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        *,
+        exclude_frozen_parameters: bool = False,
+        async_save: bool = False,
+        allow_pickle: Collection[str] = (),
+    ) -> str:
+        """Write everything that was prepared, and what training needs to go on. Collective.
+
+        Args:
+            output_dir: a directory; with automatic naming it is ``project_dir/checkpoints/checkpoint_N``.
+            safe_serialization: checkpoints are safetensors in any case.
+            exclude_frozen_parameters: leave frozen parameters out; a load keeps those of the model.
+            async_save: return when everything is copied to host memory and write it beside training; the next save
+                or load, or ``wait_for_checkpoint``, waits for its end and raises what went wrong.
+            allow_pickle: places whose values are kept as pickles, such as ``state.custom.0``.
+
+        Returns:
+            The directory.
+
+        Raises:
+            CheckpointError: something cannot be kept or written; what was complete there still is.
+        """
+        if not safe_serialization:
+            _warn(self, "save_state(safe_serialization=False): the checkpoint is written as safetensors all the same.")
+        folder = output_folder(output_dir, self.project_configuration)
+        return save_state(
+            self._prepared(), folder, self.project_configuration, exclude_frozen_parameters, allow_pickle, async_save
+        )
+
+    def wait_for_checkpoint(self) -> None:
+        """Return when the save that goes on beside training is complete on all ranks. Collective.
+
+        Raises:
+            CheckpointError: it failed; what was complete before still is.
+        """
+        self._registered.background.finish(self._prepared().meeting)
+
+    def load_state(
+        self,
+        input_dir: str | os.PathLike[str] | None = None,
+        load_kwargs: Mapping[str, Any] | None = None,
+        *,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        allow_pickle: Collection[str] = (),
+    ) -> None:
+        """Go on where ``save_state`` was called, also with another number of ranks or stage. Collective.
+
+        Args:
+            input_dir: what was given to ``save_state``; None with automatic naming: the newest one.
+            load_kwargs: the arguments below, as a dict.
+            load_module_strict: names that are missing or too many are an error.
+            load_optimizer_states: also the optimizers'.
+            load_lr_scheduler_states: also the schedulers'.
+            load_module_only: nothing but parameters and buffers.
+            allow_pickle: places that may be unpickled: that runs code of whoever wrote the checkpoint.
+
+        Raises:
+            CheckpointError: other things are prepared than were saved, or a file is damaged; nothing was changed then.
+        """
+        if load_kwargs:
+            self.load_state(input_dir, **load_kwargs)
+            return
+        full = not load_module_only
+        wishes = Wishes(full and load_optimizer_states, full and load_lr_scheduler_states, load_module_strict)
+        folder = input_folder(input_dir, self.project_configuration)
+        load_state(self._prepared(), folder, self.project_configuration, wishes, load_module_only, allow_pickle)
+
+    def _prepared(self) -> Prepared:
+        return Prepared(
+            self._models, self._schedulers, self._dataloaders, self._registered, self.gradient_state, self.device,
+            self.process_index, self.num_processes,
+        )  # fmt: skip
 
     def skip_first_batches(self, dataloader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
         """A loader like ``dataloader`` that leaves out the first batches."""
@@ -752,6 +910,7 @@ class Accelerator:
 
     def end_training(self) -> None:
         """Finish the trackers and end the process group: the last thing that a script does."""
+        self._registered.background.join()
         self._trackers.finish()
         self.state.destroy_process_group()
 

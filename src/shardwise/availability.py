@@ -8,23 +8,24 @@ from collections.abc import Callable
 import torch
 
 
-def _installed(package: str) -> Callable[[], bool]:
+def _installed(package: str, short_name: str | None = None) -> Callable[[], bool]:
     def is_installed() -> bool:
         return importlib.util.find_spec(package) is not None
 
+    is_installed.__name__ = f"is_{short_name or package}_available"
     is_installed.__doc__ = f"Whether the package {package} is installed."
     return is_installed
 
 
 is_aim_available = _installed("aim")
 is_amdsmi_available = _installed("amdsmi")
-is_bnb_available = _installed("bitsandbytes")
+is_bnb_available = _installed("bitsandbytes", "bnb")
 is_boto3_available = _installed("boto3")
 is_clearml_available = _installed("clearml")
 is_comet_ml_available = _installed("comet_ml")
 is_datasets_available = _installed("datasets")
 is_dvclive_available = _installed("dvclive")
-is_lomo_available = _installed("lomo_optim")
+is_lomo_available = _installed("lomo_optim", "lomo")
 is_matplotlib_available = _installed("matplotlib")
 is_mlflow_available = _installed("mlflow")
 is_pandas_available = _installed("pandas")

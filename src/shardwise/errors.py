@@ -12,6 +12,10 @@ class ConfigError(ShardwiseError, ValueError):
     """A setting, an argument or a model that cannot work as given: the user can mend it."""
 
 
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be written or read: the message names the file and what is wrong with it."""
+
+
 class StateError(ShardwiseError, RuntimeError):
     """The run is in a state that must not be: the message names the unit, the operation and the ranks."""
 

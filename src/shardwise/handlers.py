@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch.profiler import profile
 
 
+PROFILE_PATTERN_NAME = "profile_{suffix}.json"
+
+
 @dataclass
 class KwargsHandler:
     """Arguments for something that ``Accelerator`` makes."""
@@ -95,8 +98,8 @@ class DistributedDataParallelKwargs(KwargsHandler):
         self.comm_hook, self.comm_wrapper = hook, wrapper
         if hook not in (DDPCommunicationHookType.NO, *_IN_16_BITS):
             raise ConfigError(
-                f"DistributedDataParallelKwargs(comm_hook={hook.value!r}): gradients travel whole, there is no low-rank "
-                "approximation of them. Use 'fp16' or 'bf16' for gradients in 16 bits."
+                f"DistributedDataParallelKwargs(comm_hook={hook.value!r}): there is no low-rank form of "
+                "gradients here. Use 'fp16' or 'bf16' for gradients in 16 bits."
             )
         if hook in _IN_16_BITS and wrapper not in (DDPCommunicationHookType.NO, hook):
             raise ConfigError(
@@ -114,9 +117,8 @@ def _hook_type(given: DDPCommunicationHookType | str) -> DDPCommunicationHookTyp
     try:
         return DDPCommunicationHookType(given)
     except ValueError:
-        raise ConfigError(
-            f"DistributedDataParallelKwargs got a hook {given!r}: expected one of {', '.join(DDPCommunicationHookType)}."
-        ) from None
+        known = ", ".join(DDPCommunicationHookType)
+        raise ConfigError(f"DistributedDataParallelKwargs got a hook {given!r}: expected one of {known}.") from None
 
 
 @dataclass
@@ -133,8 +135,8 @@ class ProfileKwargs(KwargsHandler):
         with_stack: record file and line of operators.
         with_flops: estimate the operations of matrix products and convolutions.
         with_modules: record the modules that operators belong to.
-        output_trace_dir: write ``profile_RANK.json`` there, as Chrome's tracing view reads it; not together with
-            ``schedule_option``, of which the profiler keeps only the last part: write it in ``on_trace_ready``.
+        output_trace_dir: write ``profile_RANK.json`` there, as Chrome's tracing view reads it; of a schedule the last
+            ``active`` part.
     """
 
     activities: list[str] | None = None

@@ -93,9 +93,28 @@ def init_distributed(
     backend = dist_backend or ("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group(backend, timeout=timeout)
+    store = _store_of_this_attempt(timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     if chosen.type == "cpu":  # with NCCL the end of a group may wait for kernels that never end
         atexit.register(_leave_group)
+
+
+def _store_of_this_attempt(timeout: timedelta) -> dist.distributed_c10d.Store | None:
+    """Where restarted ranks meet; None where torch knows.
+
+    torch's elastic agent may keep one store for all attempts, in which the addresses of the one that failed still
+    stand: ranks would call those.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = dist.TCPStore(host, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    return dist.distributed_c10d.PrefixStore(f"attempt_{attempt}", agents)
 
 
 def _leave_group() -> None:

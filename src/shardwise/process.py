@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise import roll_call
+from shardwise.config.run.said import Asked
 from shardwise.errors import ConfigError, StateError
 from shardwise.launch.handed_over import handed_over
 from shardwise.mesh import DEFAULT_TIMEOUT, choose_device, init_distributed
@@ -84,11 +85,11 @@ class PartialState:
         if self.initialized:
             self._refuse_another(cpu, backend)
             return
-        device = "cpu" if cpu else None
+        asked = handed_over(os.environ)
+        device = "cpu" if cpu or _is_said(asked, "use_cpu") else None
         init_distributed(backend, timeout or DEFAULT_TIMEOUT, device)
         self.device = choose_device(device)
-        debug = handed_over(os.environ).said("debug")
-        self.debug = debug is not None and bool(debug.value)
+        self.debug = _is_said(asked, "debug")
         if not dist.is_initialized():
             self.distributed_type = DistributedType.NO
             self.backend = None
@@ -277,6 +278,11 @@ class PartialState:
             if group is None:
                 roll_call.leave()
             dist.destroy_process_group(group)
+
+
+def _is_said(asked: Asked, name: str) -> bool:
+    said = asked.said(name)
+    return said is not None and bool(said.value)
 
 
 def process_index() -> int:

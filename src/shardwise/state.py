@@ -11,10 +11,10 @@ from shardwise.accumulation import GradientState
 from shardwise.config.run.file import code_mentions
 from shardwise.config.run.precedence import resolve, wants_zero
 from shardwise.config.run.resolved import Resolved
-from shardwise.errors import ConfigError, StateError
+from shardwise.errors import ConfigError
 from shardwise.launch.handed_over import handed_over
 from shardwise.plugin import DeepSpeedPlugin
-from shardwise.process import DistributedType, PartialState
+from shardwise.process import DistributedType, PartialState, StateResetError
 
 __all__ = ["AcceleratorState", "DistributedType", "GradientState", "PartialState", "get_active_deepspeed_plugin"]
 
@@ -86,9 +86,10 @@ class AcceleratorState:
             )
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only for what is not this object's own: the facts of the process.
-        if not self._shared_state:
-            raise StateError(f"AcceleratorState was reset, so it has no {name}. Make an Accelerator().")
+        # Reached only for what is not this object's own: the facts of the process. A reset leaves what only asks who
+        # is first, or waits.
+        if not self._shared_state and not hasattr(PartialState, name):
+            raise StateResetError(f"AcceleratorState was reset, so it has no {name}. Make an Accelerator().")
         return getattr(PartialState(), name)
 
     @property

@@ -186,6 +186,12 @@ class Communicator(ABC):
         if self._group is not None:
             dist.broadcast(buffer, group=self._group, group_src=0)
 
+    def average(self, buffer: torch.Tensor) -> None:
+        """Overwrite ``buffer`` with the mean over ranks; for what is in no unit."""
+        if self._group is not None:
+            dist.all_reduce(buffer, group=self._group)
+            buffer.div_(self.size)
+
     def publish(self) -> None:  # noqa: B027  (most transports need no such signal)
         """My resting shards are final until ``exchange`` was called again: others may read them."""
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from shardwise.commands.config import config_app
+from shardwise.commands.consolidate import consolidate
 from shardwise.commands.env import env
 from shardwise.commands.explain import explain
 from shardwise.commands.group import Commands
@@ -38,6 +39,10 @@ app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     epilog="Example: shardwise test --num_processes 2 --zero_stage 3",
 )(test)
+app.command(
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+    epilog="Example: shardwise consolidate checkpoints weights --dtype bf16 --max-shard-size 2GB",
+)(consolidate)
 
 
 @app.callback()

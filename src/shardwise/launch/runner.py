@@ -41,8 +41,8 @@ def run(job: Job, asked: str, console: Console) -> int:
     process is killed, no rank is left and none of the processes that ranks started in their own process groups.
     """
     with (
-        _quiet_agent(),
-        _signal_handlers_restored(),
+        quiet_agent(),
+        signal_handlers_restored(),
         _guarded_directory(job, asked) as directory,
         exported(rank_environment(job, os.environ, directory / ASKED_FILE)),
     ):
@@ -123,7 +123,7 @@ def _guarded_directory(job: Job, asked: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _signal_handlers_restored() -> Iterator[None]:
+def signal_handlers_restored() -> Iterator[None]:
     """The agent installs handlers of its own and leaves them behind."""
     handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in handled}
@@ -135,7 +135,7 @@ def _signal_handlers_restored() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_agent() -> Iterator[None]:
+def quiet_agent() -> Iterator[None]:
     """Keeps the agent's log off the screen: it repeats, in its own words, what `failure` says."""
     agent = logging.getLogger("torch.distributed.elastic")
     propagate = agent.propagate

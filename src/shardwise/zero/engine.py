@@ -14,15 +14,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from shardwise import torch_compat
+from shardwise.checkpoint import randomness
+from shardwise.checkpoint.engine import EngineMeeting, PathLike, gather_engine, load_engine, save_engine, write_engine
+from shardwise.checkpoint.model import IncompatibleKeys, Trained, Wishes
+from shardwise.checkpoint.save import Background, Place
 from shardwise.comm.base import CollectiveId, Communicator
 from shardwise.comm.summary import CommsSummary
 from shardwise.config import BatchSizes, EngineConfig
@@ -32,8 +38,11 @@ from shardwise.precision import NARROW, LossScaler, Precision
 from shardwise.zero.assembly import DTYPES, equip_with_gradients, is_local, measure_optimizer, optimizer_groups
 from shardwise.zero.engine_optimizer import EngineOptimizer
 from shardwise.zero.hooks import Hooks, map_tensors
+from shardwise.zero.invariants import refuse_copy
+from shardwise.zero.loose import average_loose_gradients
 from shardwise.zero.loss_scale import ScaleBoundary
 from shardwise.zero.memory import MemoryReport, report_memory
+from shardwise.zero.module_hook import ModuleHook
 from shardwise.zero.optimizer import CPU_RUN_NUMEL, ShardedOptimizer
 from shardwise.zero.reducer import Reducer
 from shardwise.zero.schedule import Budgets, Schedule
@@ -41,13 +50,6 @@ from shardwise.zero.step import LocalStep, ShardedStep, Step
 from shardwise.zero.unit import Unit
 
 logger = logging.getLogger(__name__)
-
-
-class IncompatibleKeys(NamedTuple):
-    """Names that a load did not find, and names that it did not want."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 class Engine(nn.Module):
@@ -93,7 +95,7 @@ class Engine(nn.Module):
         self._casts_inputs = precision.compute is not None and config.fp16.auto_cast is not False
         self._schedule = Schedule(units, units[0], budgets, prefetches=comm.overlaps)
         self._watch_units()
-        self._state_dict_guard = module.register_state_dict_pre_hook(self._refuse_sharded_state_dict)
+        self._state_dict_guard = self._guard_state_dict()
         self._owners: dict[torch.Tensor, tuple[Unit, int, int]] = {
             parameter: (unit, number, slot)
             for unit in units
@@ -107,6 +109,7 @@ class Engine(nn.Module):
         self._grad_norm: float | None = 0.0
         self._step_was_applied = False
         self._closed = False
+        self._background = Background()
         comm.publish()
 
     def _watch_units(self) -> None:
@@ -123,7 +126,7 @@ class Engine(nn.Module):
             self._reducer,
             self._comm,
             self._reduces_now,
-            self._boundary.reset,
+            self._backward_is_over,
         )
 
     def attach_optimizer(
@@ -150,7 +153,8 @@ class Engine(nn.Module):
         groups = optimizer_groups(self.module, optimizer)
         self._optimizer = optimizer
         if is_local(self._segments, self._comm.size):
-            self._step = LocalStep(optimizer, list(self.module.parameters()), self._scaler)
+            names = {self._name_of(parameter): parameter for parameter in self.module.parameters()}
+            self._step = LocalStep(optimizer, names, self._scaler)
         else:
             self._step = self._sharded_step(optimizer, groups, traits)
         return EngineOptimizer(self, optimizer)
@@ -235,6 +239,16 @@ class Engine(nn.Module):
         if self._reduces_every_backward or not self._syncs:
             return self._syncs
         return self._reducer.expects_last_pass if self._forced_boundary is None else self._forced_boundary
+
+    def _backward_is_over(self) -> None:
+        self._boundary.reset()
+        if self._step is None and self._syncs and self._forced_boundary is not False:
+            self._average_loose_gradients()
+
+    def _average_loose_gradients(self) -> None:
+        """Of an engine without optimizer; parameters that are sharded nobody can step by hand."""
+        if self._comm.size > 1 and not any(unit.is_sharded for unit in self._units):
+            average_loose_gradients(self._comm, list(self.module.parameters()), self.global_steps)
 
     @property
     def reduces_every_backward(self) -> bool:
@@ -356,6 +370,8 @@ class Engine(nn.Module):
         self._hooks.recover()
         if self._step is not None:
             self._step.clear_gradients()
+        else:
+            super().zero_grad(set_to_none)
 
     # -------------------------------------------------------------------------------------------------- questions
 
@@ -460,7 +476,7 @@ class Engine(nn.Module):
         try:
             state: dict[str, Any] = self.module.state_dict(*args, **{**kwargs, "keep_vars": True})
         finally:
-            self._state_dict_guard = self.module.register_state_dict_pre_hook(self._refuse_sharded_state_dict)
+            self._state_dict_guard = self._guard_state_dict()
         return state
 
     @torch.no_grad()
@@ -507,12 +523,199 @@ class Engine(nn.Module):
         self._comm.exchange(CollectiveId("end of a load", "", self.global_steps), b"")
         return IncompatibleKeys(missing, unexpected)
 
+    def _guard_state_dict(self) -> RemovableHandle:
+        guard = ModuleHook(self._refuse_sharded_state_dict, self._refuse_sharded_copy)
+        handle: RemovableHandle = self.module.register_state_dict_pre_hook(guard)
+        return handle
+
+    def _refuse_sharded_copy(self) -> None:
+        for unit in self._units:
+            refuse_copy(unit)
+
     def _refuse_sharded_state_dict(self, *_: Any) -> None:
         if any(unit.is_sharded and not unit.is_whole for unit in self._units):
             raise StateError(
                 "state_dict() of the wrapped model was called while its parameters are sharded: it would hold NaN. "
                 "Call engine.state_dict() on every rank, or stay inside engine.gathered_parameters()."
             )
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def trained(self, name: str = "pytorch_model") -> Trained:
+        """What a checkpoint keeps of this engine, under ``name``."""
+        counters = {
+            "global_steps": self.global_steps,
+            "micro_steps": self.micro_steps,
+            "skipped_steps": self.skipped_steps,
+            "num_passes": 0 if self._step is None else self._step.num_passes,
+        }
+        return Trained(
+            name, self._comm, self._units, self._references(), self._optimizer, self._step, self.lr_scheduler,
+            self._scaler, counters, self.zero_optimization_stage(),
+        )  # fmt: skip
+
+    def save_checkpoint(
+        self,
+        save_dir: PathLike,
+        tag: str | int | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        *,
+        keep_last: int | None = None,
+        async_save: bool = False,
+        allow_pickle: Collection[str] = (),
+    ) -> bool:
+        """Write everything that training needs to go on, on any number of ranks and at any stage. Collective.
+
+        Args:
+            save_dir: directory of checkpoints, seen by all ranks.
+            tag: this one's name there; default ``global_step{N}``.
+            client_state: the script's own values; tensors, numbers, texts and nests of them. Rank 0's are kept.
+            save_latest: let the file ``latest`` name this checkpoint.
+            exclude_frozen_parameters: leave frozen parameters out; a load keeps those of the model.
+            async_save: return when everything is copied to host memory and write it beside training; the next save
+                or load, or ``wait_for_checkpoint``, waits for its end and raises what went wrong.
+            keep_last: remove the oldest checkpoints of the directory, so that this many stay.
+            allow_pickle: places whose values are kept as pickles, such as ``client_state.arguments``.
+
+        Returns:
+            True.
+
+        Raises:
+            CheckpointError: it could not be written; what was complete in ``save_dir`` still is.
+        """
+        self._check_checkpointable("save_checkpoint")
+        if keep_last is not None and keep_last < 1:
+            raise ConfigError(f"save_checkpoint(keep_last={keep_last}): expected at least 1, or None to keep all.")
+        place = Place(Path(save_dir), f"global_step{self.global_steps}" if tag is None else str(tag), save_latest,
+                      keep_last)  # fmt: skip
+        save_engine(self.trained(), place, client_state or {}, exclude_frozen_parameters, allow_pickle,
+                    self._background, async_save)  # fmt: skip
+        return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Return when the save that goes on beside training is complete on all ranks. Collective.
+
+        Raises:
+            CheckpointError: it failed; what was complete before still is.
+        """
+        self._check_open()
+        self._background.finish(EngineMeeting(self._comm, self.global_steps))
+
+    def load_checkpoint(
+        self,
+        load_dir: PathLike,
+        tag: str | int | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        *,
+        allow_pickle: Collection[str] = (),
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Go on where ``save_checkpoint`` was called, also with another number of ranks or stage. Collective.
+
+        In a world of the same size training goes on bit for bit: each rank's random states come back, too.
+
+        Args:
+            load_dir: directory of checkpoints.
+            tag: which one; None: the one that ``latest`` names.
+            load_module_strict: names that are missing or too many are an error.
+            load_optimizer_states: also the optimizer's and the loss scaler's.
+            load_lr_scheduler_states: also the scheduler's.
+            load_module_only: nothing but parameters and buffers.
+            allow_pickle: places that may be unpickled: that runs code of whoever wrote the checkpoint.
+
+        Returns:
+            The checkpoint's directory and the script's own values; (None, None) where there is no checkpoint.
+
+        Raises:
+            CheckpointError: it is of another model, or damaged; the engine is as it was.
+        """
+        self._check_checkpointable("load_checkpoint")
+        self.wait_for_checkpoint()
+        full = not load_module_only
+        wishes = Wishes(full and load_optimizer_states, full and load_lr_scheduler_states, load_module_strict)
+        tag = None if tag is None else str(tag)
+        loaded = load_engine(self.trained(), load_dir, tag, wishes, allow_pickle, self.put_away)
+        if loaded is None:
+            return None, None
+        if full:
+            self.take_counters(loaded.counters)
+            if loaded.random_states is not None:
+                randomness.put_back(loaded.random_states, self.device)
+        return str(loaded.path), loaded.client_state
+
+    def take_counters(self, counters: Mapping[str, int]) -> None:
+        """Count on from there."""
+        self.global_steps = counters["global_steps"]
+        self.micro_steps = counters["micro_steps"]
+        self.skipped_steps = counters["skipped_steps"]
+        self._schedule.step = self.global_steps
+
+    def put_away(self) -> None:
+        """Only shards rest from here on, until the model runs again."""
+        self._schedule.reshard_all()
+
+    def save_16bit_model(
+        self,
+        save_dir: PathLike,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the whole weights, in the dtype that the model computes in, from rank 0. Collective.
+
+        Args:
+            save_dir: directory; made where it is missing.
+            save_filename: ``*.bin`` for ``torch.load``, ``*.safetensors`` for the other.
+            exclude_frozen_parameters: leave frozen parameters out.
+
+        Returns:
+            True.
+
+        Raises:
+            ConfigError: stage 3, and the configuration does not allow gathering whole weights.
+        """
+        self._check_checkpointable("save_16bit_model")
+        zero = self._config.zero_optimization
+        if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
+            raise ConfigError(
+                "save_16bit_model() at stage 3 gathers whole weights on rank 0, and the configuration does not allow "
+                'it. Set "stage3_gather_16bit_weights_on_model_save": true under "zero_optimization", or write a '
+                "checkpoint and use its zero_to_fp32.py."
+            )
+        self.write_weights(Path(save_dir) / save_filename, safetensors=False,
+                           exclude_frozen_parameters=exclude_frozen_parameters)  # fmt: skip
+        return True
+
+    def write_weights(
+        self,
+        output: PathLike,
+        max_shard_size: int | str = "10GB",
+        safetensors: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> None:
+        """Write the whole weights from rank 0, one unit whole at a time. Collective.
+
+        Args:
+            output: a file (``*.safetensors``, ``*.bin``), or a directory for shards with an index.
+            max_shard_size: bytes of a shard, such as ``5GB``.
+            safetensors: shards of safetensors, or files for ``torch.load``.
+            exclude_frozen_parameters: leave frozen parameters out.
+        """
+        self._check_checkpointable("write_weights")
+        write_engine(self.trained(), Path(output), max_shard_size, safetensors, not exclude_frozen_parameters)
+
+    def gather_state_dict(self) -> dict[str, Any]:
+        """The wrapped model's state dict, whole, on rank 0's CPU; an empty one elsewhere. Collective."""
+        self._check_checkpointable("gather_state_dict")
+        return gather_engine(self.trained())
+
+    def _check_checkpointable(self, caller: str) -> None:
+        self._check_open()
+        if self._hooks.in_backward:
+            raise StateError(f"{caller}() was called inside a backward pass. Call it between steps.")
 
     # ------------------------------------------------------------------------------------------------------- end
 
@@ -521,6 +724,7 @@ class Engine(nn.Module):
         if self._closed:
             return
         self._closed = True
+        self._background.join()
         self._hooks.remove()
         self._state_dict_guard.remove()
         if self._step is not None:
@@ -555,12 +759,15 @@ class Engine(nn.Module):
         if self._closed:
             raise StateError("the engine was closed. Build a new one with initialize().")
 
+    def _name_of(self, parameter: torch.Tensor) -> str:
+        unit, number, slot = self._owners[parameter]
+        return unit.segments[number].names[slot]
+
     def _check_frozen(self) -> None:
         for parameter in self._frozen:
             if parameter.requires_grad or parameter.grad is not None:
-                unit, number, slot = self._owners[parameter]
                 raise StateError(
-                    f"parameter {unit.segments[number].names[slot]!r} was frozen when the engine was built and is "
+                    f"parameter {self._name_of(parameter)!r} was frozen when the engine was built and is "
                     "trainable now: there is no room for its gradient. Unfreeze before initialize()."
                 )
 

@@ -10,6 +10,8 @@ already stays reduced, what comes later is added by the next reduction.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +19,16 @@ import torch
 from shardwise.comm.base import CollectiveId, Communicator, Pending
 from shardwise.layout import Layout, Span
 from shardwise.zero.parameters import slot_views
+
+
+@dataclass(frozen=True, slots=True)
+class SoFar:
+    """The gradients of a step under way."""
+
+    reduced: torch.Tensor | None
+    """[this rank's shard] what is averaged already."""
+    unreduced: Mapping[int, torch.Tensor]
+    """By slot, in the parameter's shape: what only this rank knows."""
 
 
 class GradientHome(Protocol):
@@ -40,6 +52,12 @@ class GradientHome(Protocol):
 
     def spread(self, identity: CollectiveId) -> Pending | None:
         """Bring ``owned`` of all ranks into ``for_optimizer``; None where the optimizer steps ``owned`` alone."""
+
+    def so_far(self) -> SoFar:
+        """What a checkpoint in the middle of a step keeps; views."""
+
+    def resume(self, so_far: SoFar) -> None:
+        """Go on from there, with what ``so_far`` said, after ``clear``."""
 
     def clear(self) -> None:
         """Forget all gradients: the step is done, or is given up."""
@@ -68,6 +86,10 @@ class _Slots:
         else:
             self._views[index].copy_(gradient)
             self._written[index] = self.any_written = True
+
+    def written(self) -> dict[int, torch.Tensor]:
+        """What holds something, by slot."""
+        return {i: view for i, (view, written) in enumerate(zip(self._views, self._written, strict=True)) if written}
 
     def complete(self) -> torch.Tensor:
         """The buffer with zeros where no gradient came."""
@@ -165,6 +187,20 @@ class ResidentGradients:
             return None
         return self._comm.all_gather_in_place(identity, self._whole, self.layout.cuts)
 
+    def so_far(self) -> SoFar:
+        """What is averaged lies in my slice, or was set aside when more came."""
+        return SoFar(self.owned if self._reduced else self._carry, self._slots.written())
+
+    def resume(self, so_far: SoFar) -> None:
+        """The same places."""
+        if so_far.reduced is not None and so_far.unreduced:
+            self._carry = so_far.reduced
+        elif so_far.reduced is not None:
+            self.owned.copy_(so_far.reduced)
+            self._reduced = True
+        for index, gradient in so_far.unreduced.items():
+            self._slots.add(index, gradient)
+
     def clear(self) -> None:
         """The next gradients overwrite the buffer."""
         self._slots.clear()
@@ -233,6 +269,19 @@ class TransientGradients:
     def spread(self, identity: CollectiveId) -> Pending | None:
         """The optimizer steps this rank's shard only."""
         return None
+
+    def so_far(self) -> SoFar:
+        """The shard, and what passes under ``no_sync`` have left in the borrowed buffer."""
+        unreduced = dict(self._scattered) if self._slots is None else self._slots.written()
+        return SoFar(self.owned if self._holds_gradient else None, unreduced)
+
+    def resume(self, so_far: SoFar) -> None:
+        """The same places."""
+        if so_far.reduced is not None:
+            self.owned.copy_(so_far.reduced)
+            self._holds_gradient = True
+        for index, gradient in so_far.unreduced.items():
+            self.add(index, gradient, keep=True)
 
     def clear(self) -> None:
         """The next reduction overwrites the shard."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -34,6 +34,34 @@ class _Run:
     group: int
     span: Span
     tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StatePiece:
+    """The optimizer's state of a part of one parameter."""
+
+    name: str
+    within_parameter: Span
+    elementwise: Mapping[str, torch.Tensor]
+    """Views [part], with a number for each of the part's elements."""
+    others: Mapping[str, Any]
+    """One for the whole parameter, such as its step count."""
+
+
+class SavedStates(Protocol):
+    """The optimizer's state as a checkpoint holds it, parameter by parameter."""
+
+    def signature(self, name: str) -> Hashable:
+        """Equal for parameters that may share a run: same kinds of state, same step count."""
+
+    def kinds(self, name: str) -> Mapping[str, torch.dtype | None]:
+        """The elementwise kinds and their dtypes; None: the dtype of what is stepped."""
+
+    def others(self, name: str) -> dict[str, Any]:
+        """What there is one of for the whole parameter; a new copy."""
+
+    def read_state(self, kind: str, name: str, within_parameter: Span, out: torch.Tensor) -> None:
+        """Fill ``out`` [part] with those elements."""
 
 
 class ShardedOptimizer:
@@ -144,7 +172,7 @@ class ShardedOptimizer:
             return [run]
         state: dict[str, Any] = self.inner.state.pop(run.tensor, {})
         parts = []
-        for span in _spans_of_one_kind(run, unused):
+        for span in _spans_of_one_kind(run, unused.__contains__):
             part = self._run(run.segment, run.group, span)
             parts.append(part)
             if state:
@@ -202,6 +230,63 @@ class ShardedOptimizer:
         for run in self._runs[unit]:
             if run.segment in (segment, alone):
                 run.segment = changed
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def states(self, rank: int) -> Iterator[StatePiece]:
+        """What ``rank``, this one, keeps of the state in a checkpoint: its shard, even where it steps everything."""
+        for runs in self._runs.values():
+            for run in runs:
+                state = self.inner.state.get(run.tensor)
+                if state:
+                    layout = run.segment.layout
+                    elementwise, others = split_state(state, run.tensor)
+                    for piece in layout.pieces(run.span.intersect(layout.shard(rank))):
+                        part = piece.within_buffer.shift(-run.span.begin)
+                        yield StatePiece(
+                            run.segment.names[piece.slot],
+                            piece.within_parameter,
+                            {key: value.reshape(-1)[part.begin : part.end] for key, value in elementwise.items()},
+                            others,
+                        )
+
+    def read_states(self, saved: SavedStates) -> Callable[[], None]:
+        """Read the state of this rank's runs; what is returned puts it in the place of the present one."""
+        new_runs = {
+            unit: [part for run in runs for part in self._split_by(run, saved.signature)]
+            for unit, runs in self._runs.items()
+        }
+        states = [
+            (run.tensor, self._read_state(run, saved))
+            for runs in new_runs.values()
+            for run in runs
+            if saved.signature(run.segment.names[next(run.segment.layout.pieces(run.span)).slot])
+        ]
+
+        def install() -> None:
+            self._runs = new_runs
+            self.inner.state.clear()
+            self.inner.state.update(states)
+            self._point_groups(run for runs in new_runs.values() for run in runs)
+
+        return install
+
+    def _split_by(self, run: _Run, kind_of: Callable[[str], Hashable]) -> list[_Run]:
+        spans = _spans_of_one_kind(run, kind_of)
+        return [run] if len(spans) == 1 else [self._run(run.segment, run.group, span) for span in spans]
+
+    def _read_state(self, run: _Run, saved: SavedStates) -> dict[str, Any]:
+        pieces = list(run.segment.layout.pieces(run.span))
+        name = run.segment.names[pieces[0].slot]
+        state = others_beside(saved.others(name), run.tensor, self.inner.param_groups[run.group])
+        for kind, dtype in saved.kinds(name).items():
+            whole = torch.zeros(run.span.numel, dtype=dtype or run.tensor.dtype, device=run.tensor.device)
+            for piece in pieces:
+                place = piece.within_buffer.shift(-run.span.begin)
+                out = whole[place.begin : place.end]
+                saved.read_state(kind, run.segment.names[piece.slot], piece.within_parameter, out)
+            state[kind] = whole.view(run.tensor.shape)
+        return state
 
     # --------------------------------------------------------------------------------------------------- memory
 
@@ -287,10 +372,10 @@ def _is_mixed(run: _Run, unused: frozenset[str]) -> bool:
     return len(kinds) == 2
 
 
-def _spans_of_one_kind(run: _Run, unused: frozenset[str]) -> list[Span]:
-    spans: list[tuple[bool, Span]] = []
+def _spans_of_one_kind(run: _Run, kind_of: Callable[[str], Hashable]) -> list[Span]:
+    spans: list[tuple[Hashable, Span]] = []
     for piece in run.segment.layout.pieces(run.span):
-        kind = run.segment.names[piece.slot] in unused
+        kind = kind_of(run.segment.names[piece.slot])
         if spans and spans[-1][0] == kind:
             spans[-1] = (kind, Span(spans[-1][1].begin, piece.within_buffer.end))
         else:
@@ -303,6 +388,25 @@ def _part_of_state(value: Any, tensor: torch.Tensor, begin: int, numel: int) -> 
     if not isinstance(value, torch.Tensor):
         return value
     return value[begin : begin + numel] if value.shape == tensor.shape else value.clone()
+
+
+def split_state(state: Mapping[str, Any], tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The entries with a number for each element of ``tensor``, and the rest; "step" is always one for all."""
+    elementwise = {
+        key: value
+        for key, value in state.items()
+        if key != "step" and isinstance(value, torch.Tensor) and value.shape == tensor.shape
+    }
+    return elementwise, {key: value for key, value in state.items() if key not in elementwise}
+
+
+def others_beside(others: dict[str, Any], tensor: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a checkpoint where torch keeps them: step counts on the CPU, unless a kernel reads them."""
+    on_device = group.get("capturable") or group.get("fused")
+    return {
+        key: value.to(tensor.device) if isinstance(value, torch.Tensor) and (on_device or value.dim()) else value
+        for key, value in others.items()
+    }
 
 
 def describe(parameter: torch.Tensor) -> str:

@@ -32,7 +32,9 @@ class ParameterHome(Protocol):
     master: torch.Tensor
     """[optimizer's span] in the master dtype; empty for frozen parameters."""
     master_span: Span
-    """The elements of the flat buffer that ``master`` holds."""
+    """The elements of the flat buffer that ``master`` and ``resting`` hold."""
+    resting: torch.Tensor
+    """[optimizer's span] the values in the widest dtype that is kept, also of frozen parameters."""
 
     def unshard(self, identity: CollectiveId) -> None:
         """Start making the buffer whole."""
@@ -89,6 +91,7 @@ class ResidentParameters:
         self._separate = resting_dtype != dtype
         # The masters keep what the compute dtype rounds away.
         owned = values[span.begin : span.end].clone() if self._separate else self._own
+        self.resting = owned
         self.master = owned if trainable else owned[:0]
         for parameter, view in zip(parameters, slot_views(self.full, layout), strict=True):
             parameter.data = view
@@ -105,7 +108,7 @@ class ResidentParameters:
     def publish(self, identity: CollectiveId) -> Pending:
         """Narrow my masters into my slice, then fetch the other owners' slices where the optimizer is sharded."""
         if self._separate:
-            self._own.copy_(self.master)
+            self._own.copy_(self.resting)
         if not self._sharded_optimizer:
             return Done()
         # The readers of shared memory wait for the owners' signal, which comes after the last narrowing of all buffers.
@@ -145,6 +148,7 @@ class ShardedParameters:
         self.full = values if resting_dtype == dtype else torch.empty(layout.numel, dtype=dtype, device=comm.device)
         self._views = slot_views(self.full, layout)
         self._guards = [_guard(view) for view in self._views]
+        self.resting = self.shard
         self.master = self.shard if trainable else self.shard[:0]
         self._pending: Pending | None = None
         self.reshard()

@@ -8,7 +8,7 @@ leaves them and the user's optimizer steps its own tensors. It costs what the ba
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,10 +18,11 @@ from torch import nn
 from shardwise import torch_compat
 from shardwise.comm.base import CollectiveId, Communicator, Pending
 from shardwise.errors import ConfigError
+from shardwise.layout import Span
 from shardwise.precision import LossScaler
 from shardwise.zero.agreement import agree, agree_unused
 from shardwise.zero.invariants import check_home, check_reduced
-from shardwise.zero.optimizer import ShardedOptimizer, describe
+from shardwise.zero.optimizer import SavedStates, ShardedOptimizer, StatePiece, describe, others_beside, split_state
 from shardwise.zero.reducer import Reducer
 from shardwise.zero.unit import Unit
 
@@ -65,6 +66,22 @@ class Step(Protocol):
 
     def predicted_state_bytes(self) -> int:
         """The same by arithmetic."""
+
+    @property
+    def num_passes(self) -> int:
+        """Backward passes since the last step, where it matters how many."""
+
+    def local_gradients(self) -> Mapping[str, torch.Tensor]:
+        """Gradients since the last step that are in no unit's buffer, by the parameter's name."""
+
+    def resume_gradients(self, local: Mapping[str, torch.Tensor], num_passes: int) -> None:
+        """Go on in the middle of a step, after ``clear_gradients``; the units' buffers are resumed apart."""
+
+    def states(self) -> Iterator[StatePiece]:
+        """The optimizer's state of this rank's shard, for a checkpoint."""
+
+    def read_states(self, saved: SavedStates) -> Callable[[], None]:
+        """Read the state of what this rank steps; what is returned puts it in the place of the present one."""
 
     def local_gradient_bytes(self) -> int:
         """Bytes of gradients that are in no unit's buffer."""
@@ -205,6 +222,27 @@ class ShardedStep:
         """The same by arithmetic."""
         return self._optimizer.predicted_state_bytes()
 
+    @property
+    def num_passes(self) -> int:
+        """Backward passes since the last step."""
+        return self._reducer.num_passes
+
+    def local_gradients(self) -> Mapping[str, torch.Tensor]:
+        """All gradients are in units."""
+        return {}
+
+    def resume_gradients(self, local: Mapping[str, torch.Tensor], num_passes: int) -> None:
+        """The reducer counts passes."""
+        self._reducer.num_passes = num_passes
+
+    def states(self) -> Iterator[StatePiece]:
+        """The optimizer's state of this rank's shard, for a checkpoint."""
+        return self._optimizer.states(self._comm.rank)
+
+    def read_states(self, saved: SavedStates) -> Callable[[], None]:
+        """Read the state of this rank's runs; what is returned puts it in the place of the present one."""
+        return self._optimizer.read_states(saved)
+
     def local_gradient_bytes(self) -> int:
         """All gradients are in units."""
         return 0
@@ -218,11 +256,12 @@ class LocalStep:
     """The step of one rank alone: the user's optimizer over the user's parameters."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], scaler: LossScaler
+        self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], scaler: LossScaler
     ) -> None:
         self._optimizer = optimizer
         self._scaler = scaler
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._names = {parameter: name for name, parameter in parameters.items() if parameter.requires_grad}
+        self._parameters = list(self._names)
         self._last_gradients: list[torch.Tensor] = []
 
     def settle(self, step: int) -> float:
@@ -295,6 +334,49 @@ class LocalStep:
             default=0,
         )
         return per_element * sum(parameter.nbytes for parameter in self._parameters)
+
+    @property
+    def num_passes(self) -> int:
+        """Nothing is reduced, so nobody counts."""
+        return 0
+
+    def local_gradients(self) -> Mapping[str, torch.Tensor]:
+        """Gradients as autograd left them."""
+        return {name: p.grad for p, name in self._names.items() if p.grad is not None}
+
+    def resume_gradients(self, local: Mapping[str, torch.Tensor], num_passes: int) -> None:
+        """Put them where autograd adds to them."""
+        for parameter, name in self._names.items():
+            parameter.grad = local.get(name)
+
+    def states(self) -> Iterator[StatePiece]:
+        """The optimizer's state of all parameters, for a checkpoint."""
+        for parameter, name in self._names.items():
+            state = self._optimizer.state.get(parameter)
+            if state:
+                elementwise, others = split_state(state, parameter)
+                flat = {key: value.reshape(-1) for key, value in elementwise.items()}
+                yield StatePiece(name, Span(0, parameter.numel()), flat, others)
+
+    def read_states(self, saved: SavedStates) -> Callable[[], None]:
+        """Read the state of all parameters; what is returned puts it in the place of the present one."""
+        states: dict[torch.Tensor, dict[str, object]] = {}
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._names.get(parameter)
+                if name is not None and saved.signature(name):
+                    state = others_beside(saved.others(name), parameter, group)
+                    for kind, dtype in saved.kinds(name).items():
+                        value = torch.zeros_like(parameter, dtype=dtype or parameter.dtype)
+                        saved.read_state(kind, name, Span(0, parameter.numel()), value.view(-1))
+                        state[kind] = value
+                    states[parameter] = state
+
+        def install() -> None:
+            self._optimizer.state.clear()
+            self._optimizer.state.update(states)
+
+        return install
 
     def local_gradient_bytes(self) -> int:
         """Gradients as autograd made them."""

@@ -1,0 +1,277 @@
+"""The manifest of a checkpoint, and the directory that checkpoints lie in.
+
+The manifest is what makes files a checkpoint: it is written last, under a temporary name, and takes its own by one
+rename. Files that no manifest names are leftovers of a save that never ended; they are nobody's, whatever they hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shardwise.checkpoint.shard_file import BLOCK_BYTES, FileRecord
+from shardwise.errors import CheckpointError
+
+FORMAT = "shardwise"
+VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+TEMPORARY = ".new"  # ends the name of what is not whole yet
+MAX_MANIFEST_BYTES = 1 << 29
+_NAME = re.compile(r"[\w][\w.+=@-]{0,199}", re.ASCII)
+_HEAD = '{"checksum": "%s",\n"manifest": '
+_HEAD_BYTES = len(_HEAD % ("0" * 64))
+_TAIL = b"}\n"
+
+
+@dataclass(frozen=True)
+class ParameterRecord:
+    """What the files hold of one parameter."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """Of the values as saved: the master's, in safetensors' words."""
+    compute: str
+    """What the run computed in."""
+    trainable: bool
+    group: int
+    pieces: tuple[tuple[int, int, int], ...]
+    """``(file, begin, end)``: which file holds which elements, in order, without a gap."""
+    state: Mapping[str, str] = field(default_factory=dict)
+    """Kinds of the optimizer's elementwise state and their dtypes; cut as the parameter is."""
+    others: Any = None
+    """The rest of the optimizer's state, such as its step count, as a tree."""
+    gradient: Any = None
+    """Of a step that was under way: ``{"reduced": dtype, "unreduced": dtype, "ranks": [files]}``, what there is of it.
+    The averaged part is cut as the parameter is; what was not averaged is whole in the files of the ranks named."""
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What the files hold of one model and its training."""
+
+    name: str
+    stage: int
+    parameters: Mapping[str, ParameterRecord]
+    names: Mapping[str, str]
+    """Names of the state dict, in its order, and the parameter that each is; ties have several."""
+    buffers: Mapping[str, tuple[int, ...]]
+    """Buffers of the state dict, and the files that hold a rank's own; rank 0's always."""
+    excluded: tuple[str, ...]
+    """Frozen parameters that were left out on purpose."""
+    optimizer: Any
+    """Class and groups as a tree; None without an optimizer."""
+    scheduler: Any
+    scaler: Any
+    counters: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of."""
+
+    save_id: str
+    world: int
+    files: tuple[FileRecord, ...]
+    models: tuple[ModelRecord, ...]
+    shared: Any
+    """What was given to be kept, one for all ranks."""
+    ranks: tuple[Any, ...]
+    """What each rank keeps for itself."""
+
+
+def check_tag(tag: str) -> str:
+    """The tag, if it can be the name of a directory.
+
+    Raises:
+        CheckpointError: it could lead elsewhere, or to a hidden or temporary name.
+    """
+    if not _NAME.fullmatch(tag) or tag in (LATEST, MANIFEST) or tag.endswith(TEMPORARY):
+        raise CheckpointError(
+            f"checkpoint tag {tag[:80]!r} cannot name a directory: expected letters, digits and . _ - + = @, beginning "
+            "with a letter or a digit, such as 'global_step100'."
+        )
+    return tag
+
+
+# --- one manifest -----------------------------------------------------------------------------------------------------
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Make the directory's files a checkpoint, in one instant; an earlier checkpoint there ends in that instant."""
+    body = json.dumps({"format": FORMAT, "version": VERSION, "block_bytes": BLOCK_BYTES, **_to_json(manifest)}).encode()
+    head = _HEAD % hashlib.sha256(body).hexdigest()
+    replace_file(directory / MANIFEST, head.encode() + body + _TAIL)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the checkpoint in ``directory``.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or no manifest of ours.
+    """
+    path = directory / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes: no manifest is larger than 512 MiB.")
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} holds no checkpoint: there is no {MANIFEST} in it. A save that did not end leaves none."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    body = text[_HEAD_BYTES : -len(_TAIL)]
+    if text[:_HEAD_BYTES].decode(errors="replace") != _HEAD % hashlib.sha256(body).hexdigest():
+        raise CheckpointError(
+            f"{path} is damaged, or no manifest of shardwise: its checksum is not that of its text. Load another "
+            "checkpoint of the directory, by its tag, or bring this file back from a copy."
+        )
+    try:
+        return _from_json(json.loads(body), path)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, IndexError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is no manifest of shardwise: {type(error).__name__} {error}.") from error
+
+
+def _to_json(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "id": manifest.save_id,
+        "world": manifest.world,
+        "files": [{"name": f.name, "bytes": f.nbytes, "checksums": f.checksums} for f in manifest.files],
+        "models": [_model_to_json(model) for model in manifest.models],
+        "shared": manifest.shared,
+        "ranks": manifest.ranks,
+    }
+
+
+def _model_to_json(model: ModelRecord) -> dict[str, Any]:
+    plain = {key: value for key, value in vars(model).items() if key != "parameters"}
+    return {**plain, "parameters": {name: vars(record) for name, record in model.parameters.items()}}
+
+
+def _from_json(data: dict[str, Any], path: Path) -> Manifest:
+    if data["format"] != FORMAT or data["version"] != VERSION or data["block_bytes"] != BLOCK_BYTES:
+        raise CheckpointError(
+            f"{path} has format {data['format']!r}, version {data['version']!r}: expected {FORMAT!r}, {VERSION}."
+        )
+    files = tuple(FileRecord(_plain(f["name"], path), int(f["bytes"]), tuple(f["checksums"])) for f in data["files"])
+    models = tuple(_model_from_json(model, len(files), path) for model in data["models"])
+    if len(data["ranks"]) != data["world"]:
+        raise CheckpointError(f"{path} names {data['world']} ranks and holds the states of {len(data['ranks'])}.")
+    return Manifest(str(data["id"]), int(data["world"]), files, models, data["shared"], tuple(data["ranks"]))
+
+
+def _plain(name: str, path: Path) -> str:
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"{path} names the file {name[:80]!r}: expected a plain name in its own directory.")
+    return name
+
+
+def _model_from_json(data: dict[str, Any], num_files: int, path: Path) -> ModelRecord:
+    parameters = {}
+    for name, record in data["parameters"].items():
+        pieces = tuple((int(file), int(begin), int(end)) for file, begin, end in record["pieces"])
+        parameters[name] = ParameterRecord(**{**record, "shape": tuple(record["shape"]), "pieces": pieces})
+        _check_cover(name, parameters[name], num_files, path)
+    buffers = {name: tuple(files) for name, files in data["buffers"].items()}
+    return ModelRecord(**{**data, "parameters": parameters, "buffers": buffers, "excluded": tuple(data["excluded"])})
+
+
+def _check_cover(name: str, record: ParameterRecord, num_files: int, path: Path) -> None:
+    at = 0
+    for file, begin, end in record.pieces:
+        if begin != at or end <= begin or not 0 <= file < num_files:
+            break
+        at = end
+    numel = 1
+    for dim in record.shape:
+        numel *= dim
+    if at != numel:
+        raise CheckpointError(f"{path} covers {at} of {numel} elements of parameter {name!r}.")
+
+
+# --- the directory ----------------------------------------------------------------------------------------------------
+
+
+def find_tag(directory: Path) -> str | None:
+    """The tag that ``latest`` names; None where no checkpoint was ever completed.
+
+    Raises:
+        CheckpointError: ``latest`` makes no sense.
+    """
+    path = directory / LATEST
+    try:
+        text = path.read_bytes()[:300].decode(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not _NAME.fullmatch(text):
+        raise CheckpointError(f"{path} does not name a checkpoint: it holds {text[:80]!r}. Give the tag by name.")
+    return text
+
+
+def complete_tags(directory: Path) -> list[str]:
+    """Tags of the checkpoints that have a manifest, oldest first."""
+    found = []
+    for manifest in directory.glob(f"*/{MANIFEST}"):
+        found.append((manifest.stat().st_mtime_ns, manifest.parent.name))
+    return [tag for _, tag in sorted(found)]
+
+
+def write_latest(directory: Path, tag: str) -> None:
+    """Let ``latest`` name the checkpoint, in one instant."""
+    replace_file(directory / LATEST, tag.encode())
+
+
+def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file so that at each instant either the old one or the new one is there, whole, also after a crash."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the directory's entries to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_files(directory: Path, keep: Sequence[str]) -> None:
+    """Remove data files that belong to no checkpoint: leftovers, and those of a checkpoint that was replaced."""
+    for path in directory.iterdir():
+        if path.name not in keep and path.name != MANIFEST and is_ours(path.name):
+            path.unlink(missing_ok=True)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of that name in a checkpoint's directory was made by a save."""
+    return name.endswith(TEMPORARY) or re.fullmatch(r"rank_\d{5,}\.[0-9a-f]{8}\.(safetensors|done)", name) is not None
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint, its manifest first: what is half removed is none. Files of others stay."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    remove_files(directory, keep=())
+    try:
+        directory.rmdir()
+    except OSError:
+        return  # something else lies there

@@ -1,0 +1,349 @@
+"""Writing a checkpoint: every rank its own file, rank 0 the manifest that makes them one.
+
+::
+
+    gather    each rank names what it has; a mistake on one rank is everybody's error before a file is made
+    write     each rank its file, under a name that no other save has; wait for the disk
+    agree     sizes and checksums travel to rank 0; a full disk on one rank is everybody's error
+    commit    rank 0: manifest (one rename), then ``latest`` (one rename), then what nobody needs any more goes
+
+A crash before the commit leaves files that no manifest names; the next save of the same tag removes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from shardwise.checkpoint import manifest as manifests
+from shardwise.checkpoint.manifest import Manifest, ModelRecord
+from shardwise.checkpoint.model import Part, Trained, merge, owners_of_buffers
+from shardwise.checkpoint.shard_file import Entry, FileRecord, write_shard_file
+from shardwise.checkpoint.tree import encode
+from shardwise.errors import CheckpointError, ShardwiseError
+
+SCRIPT = "zero_to_fp32.py"
+PATIENCE_SECONDS = 300.0
+"""How long rank 0 waits beside training for another rank whose file does not grow."""
+_POLL_SECONDS = 0.02
+
+
+class Meeting(Protocol):
+    """How ranks tell each other what they have."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    def exchange(self, subject: str, payload: bytes) -> list[bytes]:
+        """Every rank's payload, in rank order. Collective, and a barrier."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint is made of."""
+
+    models: Sequence[Trained]
+    shared: Any
+    """Of rank 0."""
+    of_rank: Any
+    """Of each rank."""
+    allow_pickle: Collection[str] = ()
+    """Places of values, such as ``client_state.arguments``, that may be kept as pickles."""
+    exclude_frozen: bool = False
+    root: str = "client_state"
+    """What places of ``shared`` begin with."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint goes, and what else happens there."""
+
+    directory: Path
+    tag: str
+    save_latest: bool = True
+    keep_last: int | None = None
+    """How many checkpoints of the directory stay."""
+
+    @property
+    def own_directory(self) -> Path:
+        """Of the checkpoint itself."""
+        return self.directory / self.tag
+
+
+def save(place: Place, content: Content, meeting: Meeting) -> None:
+    """Write a checkpoint. Collective.
+
+    Raises:
+        CheckpointError: something cannot be kept, or the disk does not take it; what was there before still is.
+    """
+    _Save(place, content, meeting).run()
+
+
+class Background:
+    """The save that goes on beside training, if there is one: never more than one.
+
+    Ranks cannot meet over their transport meanwhile, for training does. Each leaves a note beside its file when the
+    disk has it; rank 0 commits when all notes are there.
+    """
+
+    def __init__(self) -> None:
+        self._saving: _Save | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, place: Place, content: Content, meeting: Meeting) -> None:
+        """Copy what is to be written to host memory, and write it while training goes on. Collective.
+
+        Raises:
+            CheckpointError: something cannot be kept; or the save before this one failed.
+        """
+        self.finish(meeting)
+        self._saving = _Save(place, content, meeting)
+        self._saving.copy_to_host()
+        # No daemon: a script that ends waits for its last checkpoint.
+        self._thread = threading.Thread(target=self._saving.run_beside_training, name="shardwise-save")
+        self._thread.start()
+
+    def finish(self, meeting: Meeting) -> None:
+        """Return when the save is complete on all ranks. Collective where one was started.
+
+        Raises:
+            CheckpointError: it failed; what was complete before still is.
+        """
+        saving = self._saving
+        if saving is not None:
+            self.join()
+            agree(meeting, "the end of a save beside training", saving.raise_failure)
+
+    def join(self) -> None:
+        """Return when this rank has nothing more to do with it."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = self._saving = None
+
+
+class _Save:
+    """One save as this rank does it."""
+
+    def __init__(self, place: Place, content: Content, meeting: Meeting) -> None:
+        self._place = place
+        self._meeting = meeting
+        self._gather(content)
+
+    # --- gather
+
+    def _gather(self, content: Content) -> None:
+        meeting, rank = self._meeting, self._meeting.rank
+        trees: list[Entry] = []
+
+        def put(tensor: torch.Tensor) -> str:
+            key = f"{rank}/tree/{len(trees)}"
+            trees.append(Entry.of(key, tensor))
+            return key
+
+        def collect() -> dict[str, Any]:
+            manifests.check_tag(self._place.tag)
+            self._parts = [
+                Part(index, trained, put, content.exclude_frozen) for index, trained in enumerate(content.models)
+            ]
+            said = {
+                "models": [part.words() for part in self._parts],
+                "of_rank": encode(content.of_rank, put, "rank", content.allow_pickle),
+            }
+            if rank == 0:
+                said["shared"] = encode(content.shared, put, content.root, content.allow_pickle)
+                said["id"] = secrets.token_hex(4)
+                self._prepare_directory()
+            return said
+
+        words = agree(meeting, "what a checkpoint keeps", collect)
+        self._id = words[0]["id"]
+        for index, part in enumerate(self._parts):
+            owners = owners_of_buffers([word["models"][index] for word in words])
+            part.add_buffers([name for name, ranks in owners.items() if rank in ranks])
+        self._entries = [entry for part in self._parts for entry in part.entries] + trees
+        self._words = words
+
+    def _prepare_directory(self) -> None:
+        own = self._place.own_directory
+        own.mkdir(parents=True, exist_ok=True)
+        manifests.sync_directory(own.parent)
+        named = _names_of(own)
+        manifests.remove_files(own, keep=named)
+
+    # --- write, agree, commit
+
+    def run(self) -> None:
+        try:
+            files = agree(self._meeting, "the files of a checkpoint", self._write)
+        except BaseException:
+            self._path().unlink(missing_ok=True)
+            raise
+        agree(self._meeting, "the end of a checkpoint", lambda: self._commit(files))
+
+    def copy_to_host(self) -> None:
+        """Training may change everything from here on."""
+        self._entries = [entry.on_host() for entry in self._entries]
+
+    def run_beside_training(self) -> None:
+        """What ``run`` does, meeting in the directory; a failure is kept for ``raise_failure``."""
+        self._failure: Exception | None = None
+        try:
+            try:
+                said: dict[str, Any] = {"result": self._write()}
+            except (ShardwiseError, OSError) as error:
+                self._path().unlink(missing_ok=True)
+                self._failure = error
+                said = {"error": _explain(error)}
+            self._entries = []
+            self._leave_note(json.dumps(said).encode())
+            if self._meeting.rank == 0 and self._failure is None:
+                self._commit([self._await_note(rank) for rank in range(self._meeting.size)])
+        except Exception as error:  # of a thread nobody would hear
+            self._failure = error
+
+    def raise_failure(self) -> None:
+        """What went wrong beside training."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _note(self, rank: int) -> Path:
+        return self._path(rank).with_suffix(".done")
+
+    def _leave_note(self, content: bytes) -> None:
+        note = self._note(self._meeting.rank)
+        try:
+            manifests.replace_file(note, content)
+        except OSError:
+            note.touch()  # a disk without room for words may have room for a name
+            raise
+
+    def _await_note(self, rank: int) -> dict[str, Any]:
+        size, deadline = -1, 0.0
+        while not self._note(rank).exists():
+            with contextlib.suppress(OSError):
+                grown = self._path(rank).stat().st_size
+                size, deadline = (size, deadline) if grown == size else (grown, time.monotonic() + PATIENCE_SECONDS)
+            deadline = deadline or time.monotonic() + PATIENCE_SECONDS
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"rank {rank} has written nothing for {PATIENCE_SECONDS:.0f} s.")
+            time.sleep(_POLL_SECONDS)
+        said = json.loads(self._note(rank).read_bytes() or b'{"error": "its disk took nothing more."}')
+        if "error" in said:
+            raise CheckpointError(f"rank {rank}: {said['error']}")
+        record: dict[str, Any] = said["result"]
+        return record
+
+    def _path(self, rank: int | None = None) -> Path:
+        number = self._meeting.rank if rank is None else rank
+        return self._place.own_directory / f"rank_{number:05d}.{self._id}.safetensors"
+
+    def _write(self) -> dict[str, Any]:
+        record = write_shard_file(self._path(), self._entries)
+        return {"name": record.name, "bytes": record.nbytes, "checksums": record.checksums}
+
+    def _commit(self, files: Sequence[Mapping[str, Any]]) -> None:
+        if self._meeting.rank != 0:
+            return
+        own = self._place.own_directory
+        for file in files:
+            path = own / file["name"]
+            if not path.exists() or path.stat().st_size != file["bytes"]:
+                raise CheckpointError(
+                    f"{path} was written by another rank and is not seen by rank 0. Expected a directory that all "
+                    "machines share."
+                )
+        manifests.sync_directory(own)
+        write_script(self._place.directory)
+        manifests.write_manifest(own, self._manifest(files))
+        if self._place.save_latest:
+            manifests.write_latest(self._place.directory, self._place.tag)
+        manifests.remove_files(own, keep=_names_of(own))
+        if self._place.keep_last is not None:
+            rotate(self._place.directory, self._place.keep_last, self._place.tag)
+
+    def _manifest(self, files: Sequence[Mapping[str, Any]]) -> Manifest:
+        models: list[ModelRecord] = []
+        for index, part in enumerate(self._parts):
+            models.append(merge(part, [word["models"][index] for word in self._words]))
+        return Manifest(
+            save_id=self._id,
+            world=self._meeting.size,
+            files=tuple(FileRecord(file["name"], file["bytes"], tuple(file["checksums"])) for file in files),
+            models=tuple(models),
+            shared=self._words[0]["shared"],
+            ranks=tuple(word["of_rank"] for word in self._words),
+        )
+
+
+def agree(meeting: Meeting, subject: str, work: Callable[[], Any]) -> list[Any]:
+    """Do ``work`` on every rank and exchange its result as JSON. Collective.
+
+    Raises:
+        CheckpointError: it failed on some rank: the same error on every rank, with the rank that it came from.
+    """
+    failure: BaseException | None = None
+    try:
+        said: dict[str, Any] = {"result": work()}
+    except (ShardwiseError, OSError) as error:
+        failure = error
+        said = {"error": _explain(error)}
+    except Exception as error:  # the others must not wait for a rank that ends
+        failure = error
+        said = {"error": f"{type(error).__name__}: {error}"}
+    answers = [json.loads(answer) for answer in meeting.exchange(subject, json.dumps(said).encode())]
+    for rank, answer in enumerate(answers):
+        if "error" in answer:
+            text = answer["error"]
+            if failure is not None and not isinstance(failure, (ShardwiseError, OSError)):
+                raise failure
+            raise CheckpointError(f"rank {rank}: {text}" if meeting.size > 1 else text) from failure
+    return [answer["result"] for answer in answers]
+
+
+def _explain(error: ShardwiseError | OSError) -> str:
+    if isinstance(error, OSError):
+        return (
+            f"the checkpoint could not be written or read: {error.strerror or error} ({error.filename or 'no file'}). "
+            "Checkpoints that were complete are as they were. Make room or mend the directory, and try again."
+        )
+    return str(error)
+
+
+def _names_of(directory: Path) -> list[str]:
+    """The files of the checkpoint that is complete in ``directory``; none if there is none."""
+    try:
+        return [file.name for file in manifests.read_manifest(directory).files]
+    except CheckpointError:
+        return []
+
+
+def rotate(directory: Path, keep_last: int, newest: str) -> None:
+    """Remove the oldest complete checkpoints, so that ``keep_last`` stay; never the newest, and never the latest."""
+    protected = {newest, manifests.find_tag(directory)}
+    others = [tag for tag in manifests.complete_tags(directory) if tag not in protected]
+    for tag in others[: max(0, len(others) + len(protected - {None}) - keep_last)]:
+        manifests.remove_checkpoint(directory / tag)
+
+
+def write_script(directory: Path) -> None:
+    """Put the script beside the checkpoints that makes ordinary weights of them, without shardwise."""
+    source = Path(__file__).with_name(SCRIPT).read_bytes()
+    target = directory / SCRIPT
+    with contextlib.suppress(OSError):
+        if target.read_bytes() == source:
+            return
+    manifests.replace_file(target, source, mode=0o777)

@@ -1,0 +1,163 @@
+"""A save beside training holds the moment of the call; saves never mix, and a failure is told by the next call."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shardwise.checkpoint import shard_file
+from shardwise.checkpoint.manifest import complete_tags
+from shardwise.errors import CheckpointError
+from tests.checkpoints import begin, train_steps
+from tests.world.engine_runs import STAGES, config_of, rank
+from tests.worlds import World
+
+
+class Gate:
+    """Holds up what is written beside training."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = threading.Event()
+        self._write = os.write
+        monkeypatch.setattr(shard_file.os, "write", self._held_up)
+
+    def _held_up(self, descriptor: int, data: Any) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            assert self._open.wait(30)
+        return self._write(descriptor, data)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def saves_beside_training(stage: int, directory: str) -> None:
+    with pytest.MonkeyPatch.context() as small_blocks:
+        # So that not all of the small model fits into the first block, which is filled before it is written.
+        small_blocks.setattr(shard_file, "BLOCK_BYTES", 1 << 10)
+        small_blocks.setattr("shardwise.checkpoint.manifest.BLOCK_BYTES", 1 << 10)
+        save_and_load(stage, directory)
+
+
+def save_and_load(stage: int, directory: str) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch, begin(config_of(stage)) as engine:
+        gate = Gate(monkeypatch)
+        train_steps(engine, 0, 3)
+        engine.save_checkpoint(directory, "first", {"number": 1}, async_save=True)
+        losses = train_steps(engine, 3, 6)  # while nothing of the checkpoint is on the disk
+        assert complete_tags(Path(directory)) == []
+        gate.open()
+        engine.save_checkpoint(directory, "second", {"number": 2}, async_save=True)
+        assert complete_tags(Path(directory))[:1] == ["first"], "the second save did not wait"
+        engine.wait_for_checkpoint()
+        assert complete_tags(Path(directory)) == ["first", "second"]
+    with begin(config_of(stage)) as engine:
+        _, state = engine.load_checkpoint(directory, "first")
+        assert state == {"number": 1}
+        assert all(map(torch.equal, train_steps(engine, 3, 6), losses))
+        assert engine.load_checkpoint(directory)[1] == {"number": 2}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_moment_of_the_call(world2: World, stage: int, tmp_path: Path) -> None:
+    world2.run(saves_beside_training, stage, str(tmp_path))
+
+
+def closes_at_once(directory: str) -> None:
+    with begin(config_of(2)) as engine:
+        train_steps(engine, 0, 1)
+        engine.save_checkpoint(directory, async_save=True)
+    with begin(config_of(2)) as engine:  # rank 0 has committed when its engine was closed, and building meets
+        assert engine.load_checkpoint(directory)[0] is not None
+
+
+def test_the_end_of_the_engine_waits(world2: World, tmp_path: Path) -> None:
+    world2.run(closes_at_once, str(tmp_path))
+
+
+def disk_is_full(directory: str, async_save: bool) -> tuple[str, list[str]]:
+    with begin(config_of(3)) as engine:
+        engine.save_checkpoint(directory, "before")
+        train_steps(engine, 0, 1)
+        told = ""
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if rank() == 1:
+
+                def full(*_: Any) -> int:
+                    raise OSError(28, "No space left on device")
+
+                monkeypatch.setattr(shard_file.os, "write", full)
+            try:
+                engine.save_checkpoint(directory, "after", async_save=async_save)
+                monkeypatch_ends_after_the_thread(engine)
+                engine.wait_for_checkpoint()
+            except CheckpointError as error:
+                told = str(error)
+        train_steps(engine, 1, 2)
+        path, _ = engine.load_checkpoint(directory)
+        assert Path(path).name == "before"
+        engine.save_checkpoint(directory, "after")
+        return told, complete_tags(Path(directory))
+
+
+def monkeypatch_ends_after_the_thread(engine: Any) -> None:
+    thread = engine._background._thread
+    if thread is not None:
+        thread.join()
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_full_disk_of_one_rank_is_told_on_all(world3: World, async_save: bool, tmp_path: Path) -> None:
+    for told, complete in world3.run(disk_is_full, str(tmp_path), async_save):
+        assert "rank 1" in told
+        # A disk that takes nothing does not take the reason either: rank 0 learns beside training that there is one.
+        assert ("took nothing more" if async_save else "No space left on device") in told
+        assert complete == ["before", "after"]
+
+
+# -- one rank is killed in the middle of a save
+
+
+def dies(directory: str, at_write: int, async_save: bool) -> None:
+    with begin(config_of(2)) as engine:
+        engine.save_checkpoint(directory, "before")
+        train_steps(engine, 0, 1)
+        if rank() == 1:
+            count = 0
+            write = os.write
+
+            def killed(descriptor: int, data: Any) -> int:
+                nonlocal count
+                count += 1
+                if count == at_write:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return write(descriptor, memoryview(data)[:1000])
+
+            shard_file.os.write = killed  # type: ignore[assignment]
+        engine.save_checkpoint(directory, "after", async_save=async_save)
+        train_steps(engine, 1, 3)
+
+
+def load_latest(directory: str) -> str:
+    with begin(config_of(3)) as engine:
+        path, _ = engine.load_checkpoint(directory)
+        engine.save_checkpoint(directory, "after")
+        return Path(path).name
+
+
+@pytest.mark.parametrize("at_write", [1, 40])
+def test_one_rank_is_killed(own_world: Any, world2: World, at_write: int, tmp_path: Path) -> None:
+    world = own_world(2, timeout_seconds=10.0)
+    failures = world.run_expecting_errors(dies, str(tmp_path), at_write, False)
+    assert failures[0] is not None and failures[1] is not None
+    assert failures[1].type_name == "ProcessDied"
+    assert complete_tags(tmp_path) == ["before"]
+    assert world2.run(load_latest, str(tmp_path)) == ["before", "before"]
+    assert complete_tags(tmp_path) == ["before", "after"]
+    files = {path.name.split(".")[1] for path in (tmp_path / "after").glob("rank_*")}
+    assert len(files) == 1, "leftovers of the save that was killed"
