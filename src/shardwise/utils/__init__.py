@@ -131,6 +131,7 @@ from shardwise.plugin import (
 from shardwise.process import (
     DistributedType,
 )
+from shardwise.questionnaire.basic import write_basic_config
 from shardwise.random import (
     RNGType,
     set_seed,
@@ -284,4 +285,5 @@ __all__ = [
     "synchronize_rng_states",
     "tqdm",
     "wait_for_everyone",
+    "write_basic_config",
 ]

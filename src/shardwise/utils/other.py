@@ -15,6 +15,7 @@ from shardwise.helpers import (
     save,
     wait_for_everyone,
 )
+from shardwise.questionnaire.basic import write_basic_config
 
 __all__ = [
     "clean_state_dict_for_safetensors",
@@ -28,4 +29,5 @@ __all__ = [
     "patch_environment",
     "save",
     "wait_for_everyone",
+    "write_basic_config",
 ]
