@@ -75,7 +75,8 @@ def optimizer_parts(engine: Any) -> list[tuple[str, str, int, Tensor]]:
     for piece in engine._step.states():
         begin = piece.within_parameter.begin
         parts += [(kind, piece.name, begin, values.clone()) for kind, values in piece.elementwise.items()]
-        parts += [(f"{key} of all", piece.name, 0, torch.as_tensor(value).clone()) for key, value in piece.others.items()]
+        for key, value in piece.others.items():
+            parts.append((f"{key} of all", piece.name, 0, torch.as_tensor(value).clone()))
     return parts
 
 

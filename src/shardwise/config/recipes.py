@@ -14,12 +14,22 @@ class OptimizerConfig(Block):
     type: Annotated[
         Name,
         Acts(
-            "Adam, AdamW, Lion or the name of any optimizer of torch.optim; Adam is AdamW unless adam_w_mode is false",
-            cost="bytes of its state: Adam and AdamW 8 P, Lion and SGD with momentum 4 P, SGD 0; from stage 1 on 1/W "
-            "of it",
+            "Adam, AdamW, Lamb, Lion, Muon or the name of any optimizer of torch.optim; Adam is AdamW unless adam_w_mode "
+            "is false; Lamb and Muon need whole tensors, so stages 0 to 2; Muon steps 2-D parameters and AdamW the rest, "
+            "embeddings too: use_muon true or false in a group, else as an attribute of every matrix, else its place "
+            '(weights of nn.Embedding and names with "embed" or "lm_head" are AdamW\'s) says which',
+            cost="bytes of its state: Adam, AdamW and Lamb 8 P, Lion and SGD with momentum 4 P, Muon 4 P of matrices, 8 "
+            "P of the rest, SGD 0; from stage 1 on 1/W of it",
         ),
     ]
-    params: Annotated[dict[str, Any], Acts("keyword arguments of that optimizer")] = Field(default_factory=dict)
+    params: Annotated[
+        dict[str, Any],
+        Acts(
+            "keyword arguments of that optimizer; Muon: lr for all, muon_lr for matrices, adam_lr for the rest, "
+            "momentum, betas, eps, weight_decay, ns_steps; Lamb: Adam's, and max_coeff and min_coeff, the bounds of its "
+            "trust ratio"
+        ),
+    ] = Field(default_factory=dict)
     legacy_fusion: Annotated[bool, NoEffect("fused steps come from torch and need no choice")] = False
 
 

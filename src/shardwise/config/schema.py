@@ -151,7 +151,9 @@ class EngineConfig(Block):
     vocabulary_size: Annotated[Count | None, NoEffect("no part of training asks for it")] = None
     graph_harvesting: Annotated[bool, NoEffect("no CUDA graphs are captured; results are the same")] = False
     pipeline: Annotated[Foreign | None, NoEffect("only pipeline engines read it, and there is none")] = None
-    datastates_ckpt: Annotated[Foreign | None, NoEffect("the engine writes no checkpoint files")] = None
+    datastates_ckpt: Annotated[Foreign | None, NoEffect("save_checkpoint(async_save=True) writes beside training")] = (
+        None
+    )
     activation_checkpointing: ActivationCheckpointingConfig = Field(default_factory=ActivationCheckpointingConfig)
     aio: AioConfig = Field(default_factory=AioConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

@@ -8,7 +8,9 @@ from shardwise.config.effects import Acts, NoEffect, Unsupported
 from shardwise.config.values import Block, Count, Foreign, Name, Names, NonNegative, PositiveCount, SignedCount
 
 _NO_NVME = NoEffect("nothing is read from or written to NVMe")
-_NO_FILES = NoEffect("the engine writes no checkpoint files; the script saves engine.state_dict()")
+_NO_FILES = NoEffect(
+    "it steers DeepSpeed's files; the engine's own load in any world, and its ranks always agree on tags"
+)
 _RECOMPUTE = NoEffect(
     "it acts on calls of DeepSpeed's own checkpoint function; torch.utils.checkpoint is told by its caller"
 )

@@ -214,7 +214,8 @@ class ZeroConfig(Block):
     stage3_gather_16bit_weights_on_model_save: Annotated[
         bool,
         Acts(
-            "at stage 3 Accelerator.get_state_dict gathers whole weights; engine.state_dict() does so unasked",
+            "at stage 3 Accelerator.get_state_dict and engine.save_16bit_model gather whole weights; "
+            "engine.state_dict() does so unasked",
             cost="the main process holds the whole model in host memory",
         ),
         Alias("gather_16bit_weights_on_model_save"),

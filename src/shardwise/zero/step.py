@@ -367,7 +367,7 @@ class LocalStep:
                 if name is not None and saved.signature(name):
                     state = others_beside(saved.others(name), parameter, group)
                     for kind, dtype in saved.kinds(name).items():
-                        value = torch.zeros_like(parameter, dtype=dtype or parameter.dtype)
+                        value = torch.empty_like(parameter, dtype=dtype or parameter.dtype)
                         saved.read_state(kind, name, Span(0, parameter.numel()), value.view(-1))
                         state[kind] = value
                     states[parameter] = state
