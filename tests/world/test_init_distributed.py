@@ -76,4 +76,4 @@ def test_a_group_that_was_ended_leaves_no_thread_behind(tmp_path: Path) -> None:
     """One that still runs at the process's exit may abort it."""
     (tmp_path / "life.py").write_text(LIFE)
     done = shardwise_command("launch", "--cpu", "-q", "-n", "2", "life.py", temporary=tmp_path, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "left\nleft\n"), done.stderr
+    assert (done.returncode, done.stdout.count("left")) == (0, 2), done.stderr
