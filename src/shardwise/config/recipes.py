@@ -14,20 +14,20 @@ class OptimizerConfig(Block):
     type: Annotated[
         Name,
         Acts(
-            "Adam, AdamW, Lamb, Lion, Muon or the name of any optimizer of torch.optim; Adam is AdamW unless adam_w_mode "
-            "is false; Lamb and Muon need whole tensors, so stages 0 to 2; Muon steps 2-D parameters and AdamW the rest, "
-            "embeddings too: use_muon true or false in a group, else as an attribute of every matrix, else its place "
-            '(weights of nn.Embedding and names with "embed" or "lm_head" are AdamW\'s) says which',
-            cost="bytes of its state: Adam, AdamW and Lamb 8 P, Lion and SGD with momentum 4 P, Muon 4 P of matrices, 8 "
-            "P of the rest, SGD 0; from stage 1 on 1/W of it",
+            "Adam, AdamW, Lamb, Lion, Muon or the name of any optimizer of torch.optim; Adam is AdamW unless "
+            "adam_w_mode is false; Lamb and Muon need whole tensors: stages 0 to 2; Muon steps matrices and AdamW the "
+            "rest, embeddings too",
+            cost="bytes of its state: Adam, AdamW and Lamb 8 P, Lion and SGD with momentum 4 P, SGD 0, Muon 4 P of the "
+            "matrices and 8 P of the rest; from stage 1 on 1/W of it",
         ),
     ]
     params: Annotated[
         dict[str, Any],
         Acts(
-            "keyword arguments of that optimizer; Muon: lr for all, muon_lr for matrices, adam_lr for the rest, "
-            "momentum, betas, eps, weight_decay, ns_steps; Lamb: Adam's, and max_coeff and min_coeff, the bounds of its "
-            "trust ratio"
+            "keyword arguments of that optimizer. Lamb: Adam's, and max_coeff and min_coeff, the bounds of its trust "
+            "ratio. Muon: lr, or muon_lr for matrices and adam_lr for the rest, momentum, weight_decay, betas, eps, "
+            "ns_steps. A parameter is a matrix for Muon as use_muon says, in its group or as its attribute; else if it "
+            'is 2-D, no weight of nn.Embedding, and its name has neither "embed" nor "lm_head"'
         ),
     ] = Field(default_factory=dict)
     legacy_fusion: Annotated[bool, NoEffect("fused steps come from torch and need no choice")] = False

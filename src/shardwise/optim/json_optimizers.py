@@ -1,25 +1,29 @@
 """From the config's optimizer block to a torch optimizer.
 
 The names and their meaning are those of the DeepSpeed JSON; the implementations are torch's, fused where it can be.
+Lamb and Lion, which torch does not have, are ours; Muon is torch's Muon for matrices beside torch's AdamW for the rest.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardwise.config.messages import shown
 from shardwise.errors import ConfigError
 from shardwise.optim.arguments import check_names, construct, find_by_name, switch
+from shardwise.optim.lamb import Lamb
 from shardwise.optim.lion import Lion
+from shardwise.optim.muon import Muon, split_groups
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 # Names of the DeepSpeed JSON that stand for optimizers which are not here, with the reason.
 _ABSENT = {
-    "lamb": "its trust ratio needs the norms of whole tensors and torch has no implementation",
     "onebitadam": "its compressed communication does not work together with sharded states",
     "onebitlamb": "its compressed communication does not work together with sharded states",
     "zerooneadam": "its compressed communication does not work together with sharded states",
@@ -28,7 +32,8 @@ _ABSENT = {
     "musgd": "it belongs to the package mup",
 }
 
-# Switches that other optimizers of the DeepSpeed JSON have: only the value that asks for nothing new can be met.
+# Switches of the DeepSpeed JSON: where the optimizer has none of that name, only the value that asks for nothing new
+# can be met.
 _ONLY_TRUE = {
     "bias_correction": "torch's Adam always corrects the bias of its first steps",
     "fp32_optimizer_states": "optimizer states are always fp32",
@@ -38,21 +43,24 @@ _ADAM_MODES = ("adam_w_mode", "torch_adam")
 
 _FUSED_DEVICES = {"cpu", "cuda"}
 _FUSED_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
-_WITH_FUSED_STEP = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+_WITH_FUSED_STEP = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, Muon)
 
 
-def build_optimizer(type: str, params: Mapping[str, Any], parameters: Parameters) -> Optimizer:
+def build_optimizer(
+    type: str, params: Mapping[str, Any], parameters: Parameters, model: nn.Module | None = None
+) -> Optimizer:
     """Build the optimizer that a config names, over `parameters` (tensors, or groups as torch.optim takes them).
 
-    `type` is found in any case: Adam, AdamW, Lion, or any class of torch.optim. Adam means AdamW unless
-    ``adam_w_mode`` is false; both start from weight_decay 0, not torch's 0.01, unless ``torch_adam`` is true.
+    `type` is found in any case: Adam, AdamW, Lamb, Lion, Muon, or any class of torch.optim. Adam means AdamW unless
+    ``adam_w_mode`` is false; both start from weight_decay 0, not torch's 0.01, unless ``torch_adam`` is true. Muon
+    leaves to AdamW what is no matrix; `model`, if it is known, tells it which matrices are embeddings.
     The step is fused where torch has a fused one for the parameters' device and dtype, unless `params` say otherwise.
     Raises ConfigError for an unknown type, an unknown parameter or a value that the optimizer refuses.
     """
     if type.lower() in _ABSENT:
         raise ConfigError(
             f"optimizer.type is {shown(type)}, which is not available: {_ABSENT[type.lower()]}. "
-            "Use AdamW, Lion or a name of torch.optim; or pass an optimizer object to initialize()."
+            "Use AdamW, Lamb, Lion, Muon or a name of torch.optim; or pass an optimizer object to initialize()."
         )
     chosen = find_by_name("optimizer", type, _known())
     arguments = dict(params)
@@ -67,11 +75,13 @@ def build_optimizer(type: str, params: Mapping[str, Any], parameters: Parameters
         understood += _ADAM_MODES
     owner = f"The optimizer {chosen.__name__}"
     check_names(owner, chosen, arguments, supplied=("params",), extra=understood)
-    _take_switches(arguments)
+    _take_switches(chosen, arguments)
     if isinstance(arguments.get("betas"), list):
         arguments["betas"] = tuple(arguments["betas"])
 
     listed = [_with_list(entry) for entry in parameters]
+    if chosen is Muon:
+        listed = construct(owner, partial(split_groups, model=model), listed)
     if _fused_step_fits(chosen, arguments, listed):
         arguments["fused"] = True
     return construct(owner, chosen, listed, **arguments)
@@ -83,13 +93,18 @@ def _known() -> dict[str, type[Optimizer]]:
         for name, entry in vars(torch.optim).items()
         if isinstance(entry, type) and issubclass(entry, Optimizer) and entry is not Optimizer
     }
-    return known | {"Lion": Lion}
+    return known | {"Lamb": Lamb, "Lion": Lion, "Muon": Muon}
 
 
-def _take_switches(arguments: dict[str, Any]) -> None:
+def _take_switches(chosen: type[Optimizer], arguments: dict[str, Any]) -> None:
     """Remove switches that ask for nothing new; ConfigError for those that ask for what is not here."""
+    own = inspect.signature(chosen).parameters
     for name, reason in _ONLY_TRUE.items():
-        if not switch(f"optimizer.params.{name}", arguments.pop(name, True)):
+        wanted = switch(f"optimizer.params.{name}", arguments.get(name, True))
+        if name in own:
+            continue
+        arguments.pop(name, None)
+        if not wanted:
             raise ConfigError(f"optimizer.params.{name} is false, but {reason}. Remove it, or set it to true.")
 
 

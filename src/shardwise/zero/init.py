@@ -180,7 +180,7 @@ def _build_optimizer(
         raise ConfigError(f"optimizer is a {type(optimizer).__name__}: expected a torch optimizer or a callable.")
     if settings.optimizer is None:
         return None
-    return build_optimizer(settings.optimizer.type, settings.optimizer.params, parameters)
+    return build_optimizer(settings.optimizer.type, settings.optimizer.params, parameters, model)
 
 
 def _check_own(model: nn.Module, parameters: list[Any]) -> None:

@@ -301,8 +301,12 @@ class ShardedOptimizer:
 
     def predicted_state_bytes(self) -> int:
         """The same by arithmetic: elements that this rank steps, times the state tensors that each of them has."""
-        per_element = max((_elementwise_state(state) for state in self.inner.state.values()), default=0)
-        return sum(run.span.numel * run.tensor.itemsize * per_element for runs in self._runs.values() for run in runs)
+        every_run = [run for runs in self._runs.values() for run in runs]
+        per_element: dict[int, int] = {}  # of each group, since groups may follow different rules
+        for run in every_run:
+            kept = _elementwise_state(self.inner.state.get(run.tensor, {}))
+            per_element[run.group] = max(kept, per_element.get(run.group, 0))
+        return sum(run.span.numel * run.tensor.itemsize * per_element[run.group] for run in every_run)
 
     def close(self) -> None:
         """Let the inner optimizer go."""
