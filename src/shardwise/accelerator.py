@@ -159,7 +159,9 @@ class Accelerator:
         plugin.num_steps = self._first_num_steps()
         self.gradient_state = GradientState(plugin)
         self.flag_tensor: torch.Tensor | None = None
+        self._has_peers = self.use_distributed
         self._accumulates = False  # inside accumulate()
+        self._micro_batch = _MicroBatch(self._begin_micro_batch, self._end_micro_batch)
         self._models: list[Engine] = []
         self._optimizers: list[AcceleratedOptimizer] = []
         self._schedulers: list[AcceleratedScheduler] = []
@@ -474,26 +476,29 @@ class Accelerator:
         """The engine may have found the number from the batch sizes."""
         self.gradient_accumulation_steps = self._models[-1].gradient_accumulation_steps()
 
-    @contextmanager
-    def accumulate(self, *models: nn.Module) -> Iterator[None]:
+    def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
         """One micro-batch: gradients are averaged, and the optimizer steps, on the last one of each step.
 
         Args:
             models: those that are run inside; all prepared models follow the same count.
         """
-        if self.sync_gradients:  # a step begins
+        return self._micro_batch
+
+    def _begin_micro_batch(self) -> None:
+        state = self.gradient_state
+        if state.sync_gradients and self._has_peers:  # a step begins
             roll_call.passed_step()
-        self.gradient_state.begin_micro_batch()
+        state.begin_micro_batch()
         self._tell_engines()
         self._accumulates = True
-        try:
-            yield
-        finally:
-            self._accumulates = False
+
+    def _end_micro_batch(self) -> None:
+        self._accumulates = False
 
     def _tell_engines(self) -> None:
         """Engines average gradients where the micro-batch steps, not where their own count would."""
-        reduces = self.sync_gradients or self.gradient_state.sync_each_batch
+        state = self.gradient_state
+        reduces = state.sync_gradients or state.plugin.sync_each_batch
         for engine in self._models:
             engine.set_gradient_accumulation_boundary(reduces)
 
@@ -526,7 +531,7 @@ class Accelerator:
             raise StateError("backward() was called, but no model was prepared. Call accelerator.prepare() first.")
         if self.gradient_accumulation_steps > 1:
             loss = loss / self.gradient_accumulation_steps
-        if not self._accumulates:
+        if self._has_peers and not self._accumulates:
             roll_call.passed_step()
         self._tell_engines()
         self.gradient_state.has_own_gradient = True
@@ -916,6 +921,20 @@ class Accelerator:
 
     def __repr__(self) -> str:
         return f"Accelerator over {self.num_processes} process(es)\n{self.state!r}"
+
+
+class _MicroBatch:
+    """The context of ``accumulate``, one for all micro-batches: a generator for each would cost more than its work."""
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self._begin = begin
+        self._end = end
+
+    def __enter__(self) -> None:
+        self._begin()
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
 
 
 def _steps(argument: int, plugin: GradientAccumulationPlugin | None) -> int | None:

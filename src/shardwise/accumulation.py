@@ -76,13 +76,14 @@ class GradientState:
 
     def begin_micro_batch(self) -> bool:
         """Count one more; whether it is the last one of its step."""
+        plugin = self.plugin
         self.has_own_gradient = False
-        if self.plugin.sync_with_dataloader and self.end_of_dataloader:
+        if plugin.sync_with_dataloader and self.loaders.end_of_dataloader:
             self.micro_batch = 0
             self.sync_gradients = True
         else:
             self.micro_batch += 1
-            self.sync_gradients = self.micro_batch % self.num_steps == 0
+            self.sync_gradients = self.micro_batch % (plugin.num_steps or 1) == 0
         return self.sync_gradients
 
     @property

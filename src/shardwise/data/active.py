@@ -49,8 +49,11 @@ class ActiveLoaders:
     @property
     def active_dataloader(self) -> TracksEnd | None:
         """The innermost one."""
-        alive = [loader for loader in self.dataloader_references if loader is not None]
-        return alive[-1] if alive else None
+        for reference in reversed(self._stack):
+            loader: TracksEnd | None = reference()
+            if loader is not None:
+                return loader
+        return None
 
     @property
     def in_dataloader(self) -> bool:
