@@ -81,12 +81,16 @@ class PluginConfig(Block):
     gradient_clipping: Annotated[
         NonNegative | None, Acts("clip gradients to this global norm; null is no clipping", auto="no clipping")
     ] = None
-    offload_optimizer_device: Annotated[Device, Acts("where optimizer state rests")] = "none"
+    offload_optimizer_device: Annotated[Device, Acts("where optimizer state rests; prepare refuses all but none")] = (
+        "none"
+    )
     offload_optimizer_nvme_path: Annotated[OptionalPath, Acts("directory for offload_optimizer_device: nvme")] = None
-    offload_param_device: Annotated[Device, Acts("where parameters rest, at stage 3")] = "none"
+    offload_param_device: Annotated[Device, Acts("where parameters rest, at stage 3; prepare refuses all but none")] = (
+        "none"
+    )
     offload_param_nvme_path: Annotated[OptionalPath, Acts("directory for offload_param_device: nvme")] = None
     zero3_init_flag: Annotated[
-        Switch | None, Acts("build large models in shards at stage 3; null is yes at stage 3")
+        Switch | None, NoEffect("a model is built whole on each rank, and prepare shards it", warns=False)
     ] = None
     zero3_save_16bit_model: Annotated[Switch, Acts("gather whole 16-bit weights on saving, at stage 3")] = False
     deepspeed_moe_layer_cls_names: Annotated[
