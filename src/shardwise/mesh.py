@@ -6,7 +6,10 @@ The mesh names its axes. ``dp_shard`` is the axis that model states are sharded 
 from __future__ import annotations
 
 import atexit
+import gc
 import os
+import time
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +21,7 @@ from shardwise import torch_compat
 from shardwise.errors import ConfigError
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+_SECONDS_TO_PUT_AWAY = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +103,9 @@ def init_distributed(
     else:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    if chosen.type == "cpu":  # with NCCL the end of a group may wait for kernels that never end
-        atexit.register(_leave_group)
+    group = dist.group.WORLD
+    assert group is not None  # initialised just above
+    atexit.register(_leave, weakref.ref(group), destroys=chosen.type == "cpu")
 
 
 def _store_of_this_attempt(timeout: timedelta) -> dist.distributed_c10d.Store | None:
@@ -117,10 +122,18 @@ def _store_of_this_attempt(timeout: timedelta) -> dist.distributed_c10d.Store | 
     return dist.distributed_c10d.PrefixStore(f"attempt_{attempt}", agents)
 
 
-def _leave_group() -> None:
-    """At the end of a script that has not done so: a thread of gloo that still runs then may abort the process."""
-    if dist.is_initialized():
+def _leave(group: weakref.ref[ProcessGroup], destroys: bool) -> None:
+    """At the end of a script: let the group and its threads go before the interpreter does.
+
+    A thread of gloo that has not put away the last collective's tensors needs the interpreter for that, and aborts the
+    process where it finds none. ``destroys``: the group is ended here where the script has not done so; with NCCL that
+    may wait for kernels that never end.
+    """
+    gc.collect()  # an engine that nobody uses any more still holds the group: it is a circle of references
+    if destroys and dist.is_initialized():
         dist.destroy_process_group()
+    if group() is not None:  # the script's globals hold it: its threads get the interpreter once more
+        time.sleep(_SECONDS_TO_PUT_AWAY)
 
 
 def build_mesh(device: str | torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> Mesh:

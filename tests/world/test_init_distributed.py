@@ -77,3 +77,28 @@ def test_a_group_that_was_ended_leaves_no_thread_behind(tmp_path: Path) -> None:
     (tmp_path / "life.py").write_text(LIFE)
     done = shardwise_command("launch", "--cpu", "-q", "-n", "2", "life.py", temporary=tmp_path, cwd=tmp_path)
     assert (done.returncode, done.stdout.count("left")) == (0, 2), done.stderr
+
+
+END = """
+import atexit, torch, torch.distributed as dist, shardwise
+from pathlib import Path
+def gloo_threads():
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+atexit.register(lambda: print("left with", gloo_threads()))  # the first to be registered is the last to run
+def main():
+    shardwise.init_distributed()
+    model = torch.nn.Linear(3, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = shardwise.initialize(model=model, optimizer=optimizer, config={"train_micro_batch_size_per_gpu": 1})
+    engine.backward(engine(torch.ones(1, 3)).sum())
+    engine.step()
+    assert gloo_threads() > 0
+"""
+
+
+@pytest.mark.parametrize("last_words", ["", "    dist.destroy_process_group()\n"])
+def test_a_script_that_ends_takes_the_groups_threads_along(tmp_path: Path, last_words: str) -> None:
+    """Its engine was never closed, and the group was ended under it, or not at all."""
+    (tmp_path / "end.py").write_text(f"{END}{last_words}main()\n")
+    done = shardwise_command("launch", "--cpu", "-q", "-n", "2", "end.py", temporary=tmp_path, cwd=tmp_path)
+    assert (done.returncode, done.stdout.count("left with 0")) == (0, 2), done.stdout + done.stderr

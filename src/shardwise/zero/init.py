@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -100,6 +102,7 @@ def initialize(
         set_log_level(settings.log_level)
     check_packages(settings)
     init_distributed(timeout=timeout, device=device)
+    _close_at_exit()
     mesh = build_mesh(device, timeout)
     if mesh.dp_shard.rank == 0:
         warn(warning)
@@ -126,6 +129,7 @@ def initialize(
             training_data, batch_sizes.train_micro_batch_size_per_gpu, mesh.dp_shard.rank, mesh.dp_shard.size,
             collate_fn, settings.dataloader_drop_last,
         )  # fmt: skip
+    _open_engines.add(engine)
     return engine, returned, loader, engine.lr_scheduler
 
 
@@ -161,6 +165,25 @@ def _start_telling(engine: Engine, units: Sequence[Unit], settings: EngineConfig
         logger.info("state at the start\n%s", describe_state(engine, units, settings))
     if isinstance(engine, ObservedEngine):
         engine.observe(build_observers(engine, settings))
+
+
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_closes_at_exit = False
+
+
+def _close_at_exit() -> None:
+    """At the end of the script close the engines that are still open: their hooks on parameters keep them alive, and
+    with them the process group. Registered after the group's own end, so that it comes before.
+    """
+    global _closes_at_exit
+    if not _closes_at_exit:
+        _closes_at_exit = True
+        atexit.register(_close_engines)
+
+
+def _close_engines() -> None:
+    for engine in list(_open_engines):
+        engine.close()
 
 
 def _build_optimizer(
