@@ -70,7 +70,7 @@ def _device(values: Mapping[str, Said], gpu_flag: str | None) -> Device | None:
 def _device_faults(values: Mapping[str, Said], gpu_flag: str | None) -> Iterator[str]:
     use_cpu, kind, ids = values["use_cpu"], values["distributed_type"], values["gpu_ids"]
     if gpu_flag is not None and use_cpu.value:
-        yield f"use_cpu is {use_cpu}, but {gpu_flag} was given. Leave one of them out, or give --gpu as well."
+        yield f"use_cpu is {use_cpu}, but {gpu_flag} was given. Leave one of them out."
     if gpu_flag is not None and kind.value == "MULTI_CPU":
         yield f"distributed_type is {kind}, but {gpu_flag} was given. Leave one of them out."
     named = _ids(ids)
