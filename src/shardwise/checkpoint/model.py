@@ -23,7 +23,7 @@ from shardwise.checkpoint.tree import DTYPE_NAMES, DTYPES, Put, decode, encode
 from shardwise.comm.base import CollectiveId, Communicator
 from shardwise.errors import CheckpointError
 from shardwise.layout import Span
-from shardwise.precision import LossScaler
+from shardwise.precision import LossScaler, master_dtype
 from shardwise.zero.gradients import SoFar
 from shardwise.zero.step import Step
 from shardwise.zero.unit import Segment, Unit
@@ -517,7 +517,7 @@ class Loading:
         for unit in self._trained.units:
             for number, (segment, gradients) in enumerate(unit.trainable):
                 held |= set(segment.names)
-                so_far = self._so_far(segment, gradients.owned, same_world)
+                so_far = self._so_far(segment, same_world)
                 installs.append(partial(gradients.resume, so_far))
                 used = [saved.has_gradient(name) for name in segment.names]
                 installs.append(partial(unit.used[number].__setitem__, slice(None), bytes(used)))
@@ -536,16 +536,17 @@ class Loading:
 
         return install
 
-    def _so_far(self, segment: Segment, owned: torch.Tensor, same_world: bool) -> SoFar:
-        saved, rank = self._saved, self._trained.comm.rank
-        shard = segment.layout.shard(rank)
+    def _so_far(self, segment: Segment, same_world: bool) -> SoFar:
+        saved, comm = self._saved, self._trained.comm
+        rank, shard = comm.rank, segment.layout.shard(comm.rank)
+        owned = torch.empty(0, dtype=master_dtype(segment.dtype), device=comm.device)
         reduced: torch.Tensor | None = None
         for piece in segment.layout.pieces(shard):
             name = segment.names[piece.slot]
             if saved.has_gradient(name):
                 part = saved.reduced_gradient(name, piece.within_parameter, owned.dtype, mean=not same_world)
                 if part is not None:
-                    reduced = torch.zeros_like(owned) if reduced is None else reduced
+                    reduced = owned.new_zeros(shard.numel) if reduced is None else reduced
                     place = piece.within_buffer.shift(-shard.begin)
                     reduced[place.begin : place.end] = part
         unreduced = {}
@@ -555,7 +556,7 @@ class Loading:
                 if whole is not None:
                     unreduced[slot] = whole.to(owned.device).view(segment.layout.slots[slot].shape)
         if reduced is None and any(saved.has_reduced_gradient(name, not same_world) for name in segment.names):
-            reduced = torch.zeros_like(owned)  # a rank without any of them takes part in what the others do
+            reduced = owned.new_zeros(shard.numel)  # a rank without any of them takes part in what the others do
         return SoFar(reduced, unreduced)
 
     @torch.no_grad()

@@ -83,7 +83,7 @@ def _digest(items: Sequence[object]) -> bytes:
 
 def _sum_of_squares(units: Sequence[Unit]) -> float:
     """Over this rank's shards, buffer by buffer: the same sums whatever the stage, for shards do not depend on it."""
-    norms = [torch.linalg.vector_norm(gradients.owned) for unit in units for _, gradients in unit.trainable]
+    norms = [gradients.norm() for unit in units for _, gradients in unit.trainable]
     return float(torch.stack(norms).double().square().sum()) if norms else 0.0
 
 

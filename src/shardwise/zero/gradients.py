@@ -35,14 +35,21 @@ class GradientHome(Protocol):
     """The gradients of one flat buffer."""
 
     layout: Layout
-    owned: torch.Tensor
-    """[this rank's shard] the reduced gradient, in the master's dtype: what norms are computed over."""
     for_optimizer: torch.Tensor
     """[optimizer's span] the reduced gradient as the optimizer sees it, valid after ``spread``."""
 
     @property
     def has_unreduced(self) -> bool:
         """Whether a gradient came since the last reduction."""
+
+    def norm(self) -> torch.Tensor:
+        """[] the norm of this rank's shard of the reduced gradient."""
+
+    def clamp(self, bound: float) -> None:
+        """Limit every element of the shard to ±``bound``."""
+
+    def multiply(self, factor: float) -> None:
+        """Multiply what the optimizer sees."""
 
     def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
         """Take the gradient of slot ``index``. ``keep``: it will not be reduced in this backward pass."""
@@ -107,7 +114,28 @@ class _Slots:
             self.any_written = False
 
 
-class _Then:
+class _InMemory:
+    """What homes whose reduced gradient stays in memory have in common."""
+
+    owned: torch.Tensor
+    """[this rank's shard] the reduced gradient, in the master's dtype."""
+    for_optimizer: torch.Tensor
+
+    def norm(self) -> torch.Tensor:
+        """One number over the whole shard: its bits do not depend on how the optimizer cuts it."""
+        norm: torch.Tensor = torch.linalg.vector_norm(self.owned)
+        return norm
+
+    def clamp(self, bound: float) -> None:
+        """In place."""
+        self.owned.clamp_(-bound, bound)
+
+    def multiply(self, factor: float) -> None:
+        """In place."""
+        self.for_optimizer.mul_(factor)
+
+
+class Then:
     """A pending collective with something to do once it is over."""
 
     def __init__(self, pending: Pending, then: _Finish) -> None:
@@ -115,6 +143,7 @@ class _Then:
         self._then = then
 
     def wait(self) -> None:
+        """Finish the collective and do it; once."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
@@ -125,7 +154,7 @@ class _Finish(Protocol):
     def __call__(self) -> None: ...
 
 
-class ResidentGradients:
+class ResidentGradients(_InMemory):
     """A whole buffer in the master's dtype; this rank's slice of it becomes the reduced gradient in place."""
 
     def __init__(
@@ -165,7 +194,7 @@ class ResidentGradients:
         self._reduced = True
         if self._travel_dtype == whole.dtype:
             pending = self._comm.reduce_scatter(identity, whole, self.layout.cuts, self.owned, accumulate=False)
-            return _Then(pending, self._add_carry)
+            return Then(pending, self._add_carry)
         staging = self._comm.borrow(whole.numel(), self._travel_dtype)
         staging.copy_(whole)
         pending = self._comm.reduce_scatter(identity, staging, self.layout.cuts, self.owned, accumulate=False)
@@ -174,7 +203,7 @@ class ResidentGradients:
             self._comm.give_back(staging)
             self._add_carry()
 
-        return _Then(pending, finish)
+        return Then(pending, finish)
 
     def _add_carry(self) -> None:
         if self._carry is not None:
@@ -216,26 +245,24 @@ class ResidentGradients:
         return [] if self._carry is None else [self._carry]
 
 
-class TransientGradients:
-    """A shard in the master's dtype; a whole buffer in the travelling dtype for the time of one backward pass."""
+class OnePass:
+    """The whole gradient of one backward pass, in a buffer that is borrowed until its reduction is over."""
 
     def __init__(
         self, comm: Communicator, layout: Layout, dtype: torch.dtype, travel_dtype: torch.dtype, contiguous: bool
     ) -> None:
         self.layout = layout
         self._comm = comm
+        self._dtype = dtype
         self._travel_dtype = travel_dtype
         self._contiguous = contiguous
-        self.owned = torch.zeros(comm.my_span(layout.cuts).numel, dtype=dtype, device=comm.device)
-        self.for_optimizer = self.owned
         self._slots: _Slots | None = None
         self._scattered: dict[int, torch.Tensor] = {}
-        self._holds_gradient = False
 
     @property
-    def has_unreduced(self) -> bool:
-        """Whether a gradient came since the last reduction."""
-        return self._slots is not None or bool(self._scattered)
+    def is_empty(self) -> bool:
+        """Whether nothing came since the last reduction."""
+        return self._slots is None and not self._scattered
 
     def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
         """Into the borrowed buffer; in the master's dtype where several passes will add up in it."""
@@ -243,15 +270,15 @@ class TransientGradients:
             kept = self._scattered.get(index)
             self._scattered[index] = gradient if kept is None else kept.add_(gradient)
             return
-        self._borrowed(self.owned.dtype if keep else self._travel_dtype).add(index, gradient)
+        self._borrowed(self._dtype if keep else self._travel_dtype).add(index, gradient)
 
     def _borrowed(self, dtype: torch.dtype) -> _Slots:
         if self._slots is None:
             self._slots = _Slots(self.layout, self._comm.borrow(self.layout.numel, dtype))
         return self._slots
 
-    def reduce(self, identity: CollectiveId) -> Pending:
-        """Into the shard; the whole buffer goes back when the reduction is over."""
+    def take(self) -> torch.Tensor:
+        """[N] the buffer in the travelling dtype, zeros where nothing came; the caller gives it back."""
         slots = self._borrowed(self._travel_dtype)
         for index, gradient in self._scattered.items():
             slots.add(index, gradient)
@@ -262,9 +289,50 @@ class TransientGradients:
             wide, buffer = buffer, self._comm.borrow(self.layout.numel, self._travel_dtype)
             buffer.copy_(wide)
             self._comm.give_back(wide)
+        return buffer
+
+    def written(self) -> dict[int, torch.Tensor]:
+        """What came, by slot."""
+        return dict(self._scattered) if self._slots is None else self._slots.written()
+
+    def clear(self) -> None:
+        """Forget it."""
+        if self._slots is not None:
+            self._comm.give_back(self._slots.buffer)
+        self._slots = None
+        self._scattered.clear()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The borrowed buffer, or the gradients as autograd made them."""
+        return list(self._scattered.values()) if self._slots is None else [self._slots.buffer]
+
+
+class TransientGradients(_InMemory):
+    """A shard in the master's dtype; a whole buffer in the travelling dtype for the time of one backward pass."""
+
+    def __init__(self, comm: Communicator, dtype: torch.dtype, one_pass: OnePass) -> None:
+        self.layout = one_pass.layout
+        self._comm = comm
+        self._pass = one_pass
+        self.owned = torch.zeros(comm.my_span(self.layout.cuts).numel, dtype=dtype, device=comm.device)
+        self.for_optimizer = self.owned
+        self._holds_gradient = False
+
+    @property
+    def has_unreduced(self) -> bool:
+        """Whether a gradient came since the last reduction."""
+        return not self._pass.is_empty
+
+    def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
+        """Into the buffer of the pass."""
+        self._pass.add(index, gradient, keep)
+
+    def reduce(self, identity: CollectiveId) -> Pending:
+        """Into the shard; the whole buffer goes back when the reduction is over."""
+        buffer = self._pass.take()
         accumulate, self._holds_gradient = self._holds_gradient, True
         pending = self._comm.reduce_scatter(identity, buffer, self.layout.cuts, self.owned, accumulate)
-        return _Then(pending, lambda: self._comm.give_back(buffer))
+        return Then(pending, lambda: self._comm.give_back(buffer))
 
     def spread(self, identity: CollectiveId) -> Pending | None:
         """The optimizer steps this rank's shard only."""
@@ -272,8 +340,7 @@ class TransientGradients:
 
     def so_far(self) -> SoFar:
         """The shard, and what passes under ``no_sync`` have left in the borrowed buffer."""
-        unreduced = dict(self._scattered) if self._slots is None else self._slots.written()
-        return SoFar(self.owned if self._holds_gradient else None, unreduced)
+        return SoFar(self.owned if self._holds_gradient else None, self._pass.written())
 
     def resume(self, so_far: SoFar) -> None:
         """The same places."""
@@ -285,10 +352,7 @@ class TransientGradients:
 
     def clear(self) -> None:
         """The next reduction overwrites the shard."""
-        if self._slots is not None:
-            self._comm.give_back(self._slots.buffer)
-        self._slots = None
-        self._scattered.clear()
+        self._pass.clear()
         self._holds_gradient = False
 
     def resting_tensors(self) -> list[torch.Tensor]:
@@ -296,5 +360,5 @@ class TransientGradients:
         return [self.owned]
 
     def transient_tensors(self) -> list[torch.Tensor]:
-        """The borrowed buffer, or the gradients as autograd made them."""
-        return list(self._scattered.values()) if self._slots is None else [self._slots.buffer]
+        """What the pass holds."""
+        return self._pass.tensors()

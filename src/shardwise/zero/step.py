@@ -154,7 +154,7 @@ class ShardedStep:
         self._settled = None
         for unit in self._units:
             for _, gradients in unit.trainable:
-                gradients.owned.clamp_(-bound * self._scaler.scale, bound * self._scaler.scale)
+                gradients.clamp(bound * self._scaler.scale)
 
     def take(self, step: int, max_norm: float) -> Outcome:
         """See the module's text."""
@@ -184,7 +184,7 @@ class ShardedStep:
         if factor != 1.0:
             for unit in self._units:
                 for _, gradients in unit.trainable:
-                    gradients.for_optimizer.mul_(factor)
+                    gradients.multiply(factor)
 
     def _step_and_publish(self, unused: frozenset[str], step: int) -> None:
         """Transports that work beside compute carry a unit's new values while the next unit is stepped."""

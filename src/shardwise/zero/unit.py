@@ -21,7 +21,7 @@ from shardwise.comm.base import CollectiveId, Communicator, Pending
 from shardwise.errors import StateError
 from shardwise.layout import Layout
 from shardwise.precision import Precision, master_dtype
-from shardwise.zero.gradients import GradientHome, ResidentGradients, TransientGradients
+from shardwise.zero.gradients import GradientHome, OnePass, ResidentGradients, TransientGradients
 from shardwise.zero.parameters import ParameterHome, ResidentParameters, ShardedParameters
 from shardwise.zero.sharding import Sharding
 
@@ -96,7 +96,7 @@ def with_gradients(comm: Communicator, segment: Segment, precision: Precision, c
     dtype, travel = master_dtype(segment.dtype), precision.communication or segment.dtype
     gradients: GradientHome
     if segment.sharding.gradient:
-        gradients = TransientGradients(comm, segment.layout, dtype, travel, contiguous)
+        gradients = TransientGradients(comm, dtype, OnePass(comm, segment.layout, dtype, travel, contiguous))
     else:
         gradients = ResidentGradients(comm, segment.layout, dtype, travel, segment.parameters.master_span)
     return replace(segment, gradients=gradients)
