@@ -1,4 +1,4 @@
-"""What can go wrong, in two kinds: the user's mistake and a wrong state of the run.
+"""What can go wrong: the user's mistake, a wrong state of the run, and a disk that fails under it.
 
 Every message says what was found, what was expected, and what to do.
 """
@@ -22,3 +22,7 @@ class StateError(ShardwiseError, RuntimeError):
 
 class CollectiveError(StateError):
     """Ranks do not meet in the same collective, or one of them did not come in time."""
+
+
+class StorageError(ShardwiseError, RuntimeError):
+    """Offloaded state cannot be read or written, or was changed by another process: the message names the file."""
