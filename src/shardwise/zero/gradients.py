@@ -19,13 +19,14 @@ import torch
 from shardwise.comm.base import CollectiveId, Communicator, Pending
 from shardwise.layout import Layout, Span
 from shardwise.zero.parameters import slot_views
+from shardwise.zero.rest import InMemory, Rest
 
 
 @dataclass(frozen=True, slots=True)
 class SoFar:
     """The gradients of a step under way."""
 
-    reduced: torch.Tensor | None
+    reduced: Rest | None
     """[this rank's shard] what is averaged already."""
     unreduced: Mapping[int, torch.Tensor]
     """By slot, in the parameter's shape: what only this rank knows."""
@@ -218,14 +219,15 @@ class ResidentGradients(_InMemory):
 
     def so_far(self) -> SoFar:
         """What is averaged lies in my slice, or was set aside when more came."""
-        return SoFar(self.owned if self._reduced else self._carry, self._slots.written())
+        reduced = self.owned if self._reduced else self._carry
+        return SoFar(None if reduced is None else InMemory(reduced), self._slots.written())
 
     def resume(self, so_far: SoFar) -> None:
         """The same places."""
         if so_far.reduced is not None and so_far.unreduced:
-            self._carry = so_far.reduced
+            self._carry = so_far.reduced.load()
         elif so_far.reduced is not None:
-            self.owned.copy_(so_far.reduced)
+            self.owned.copy_(so_far.reduced.load())
             self._reduced = True
         for index, gradient in so_far.unreduced.items():
             self._slots.add(index, gradient)
@@ -340,12 +342,12 @@ class TransientGradients(_InMemory):
 
     def so_far(self) -> SoFar:
         """The shard, and what passes under ``no_sync`` have left in the borrowed buffer."""
-        return SoFar(self.owned if self._holds_gradient else None, self._pass.written())
+        return SoFar(InMemory(self.owned) if self._holds_gradient else None, self._pass.written())
 
     def resume(self, so_far: SoFar) -> None:
         """The same places."""
         if so_far.reduced is not None:
-            self.owned.copy_(so_far.reduced)
+            self.owned.copy_(so_far.reduced.load())
             self._holds_gradient = True
         for index, gradient in so_far.unreduced.items():
             self.add(index, gradient, keep=True)

@@ -13,6 +13,7 @@ import copy
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from shardwise.errors import ConfigError, StateError
 from shardwise.layout import NO_GROUP, Layout, Span
 from shardwise.optim.probe import OptimizerTraits
+from shardwise.zero.rest import InMemory, Rest
 from shardwise.zero.unit import Segment, Unit
 
 CPU_RUN_NUMEL = 1 << 18
@@ -27,8 +29,11 @@ CPU_RUN_NUMEL = 1 << 18
 
 
 @dataclass(slots=True)
-class _Run:
-    """A tensor that the optimizer steps: ``span`` of the flat buffer of ``segment``."""
+class Run:
+    """A tensor that the optimizer steps: ``span`` of the flat buffer of ``segment``.
+
+    Where the segment's states rest in a store it has memory only while they are brought in.
+    """
 
     segment: Segment
     group: int
@@ -42,8 +47,8 @@ class StatePiece:
 
     name: str
     within_parameter: Span
-    elementwise: Mapping[str, torch.Tensor]
-    """Views [part], with a number for each of the part's elements."""
+    elementwise: Mapping[str, Rest]
+    """[part] with a number for each of the part's elements."""
     others: Mapping[str, Any]
     """One for the whole parameter, such as its step count."""
 
@@ -86,7 +91,7 @@ class ShardedOptimizer:
         self.inner = inner
         self._traits = traits
         self._max_run_numel = max_run_numel
-        self._runs: dict[Unit, list[_Run]] = {
+        self._runs: dict[Unit, list[Run]] = {
             unit: [run for segment in unit.segments for run in self._cut(segment)] for unit in units
         }
         self._batches = [[unit] for unit in units] if unit_by_unit and traits.streamable else [list(units)]
@@ -99,7 +104,7 @@ class ShardedOptimizer:
 
     # ----------------------------------------------------------------------------------------------------- runs
 
-    def _cut(self, segment: Segment) -> list[_Run]:
+    def _cut(self, segment: Segment) -> list[Run]:
         if segment.gradients is None:
             return []
         if self._traits.elementwise:
@@ -112,7 +117,7 @@ class ShardedOptimizer:
         ]
 
     @staticmethod
-    def _run(segment: Segment, group: int, span: Span, shape: tuple[int, ...] | None = None) -> _Run:
+    def _run(segment: Segment, group: int, span: Span, shape: tuple[int, ...] | None = None) -> Run:
         assert segment.gradients is not None
         local = span.shift(-segment.parameters.master_span.begin)
         tensor = segment.parameters.master[local.begin : local.end].detach()
@@ -120,9 +125,9 @@ class ShardedOptimizer:
         if shape is not None:
             tensor, gradient = tensor.view(shape), gradient.view(shape)
         tensor.grad = gradient
-        return _Run(segment, group, span, tensor)
+        return Run(segment, group, span, tensor)
 
-    def _point_groups(self, runs: Iterable[_Run]) -> None:
+    def _point_groups(self, runs: Iterable[Run]) -> None:
         for group in self.inner.param_groups[: self._known_groups]:
             group["params"] = []
         for run in runs:
@@ -147,7 +152,7 @@ class ShardedOptimizer:
         self._stepping = True
         try:
             for batch in self._batches:
-                used = [run for unit in batch for run in self._runs[unit] if not unused or not _is_unused(run, unused)]
+                used = [run for unit in batch for run in self._runs[unit] if not unused or not is_unused(run, unused)]
                 self._point_groups(used)
                 if used:
                     self.inner.step()
@@ -167,7 +172,7 @@ class ShardedOptimizer:
             if any(_is_mixed(run, unused) for run in runs):
                 self._runs[unit] = [part for run in runs for part in self._split(run, unused)]
 
-    def _split(self, run: _Run, unused: frozenset[str]) -> list[_Run]:
+    def _split(self, run: Run, unused: frozenset[str]) -> list[Run]:
         if not _is_mixed(run, unused):
             return [run]
         state: dict[str, Any] = self.inner.state.pop(run.tensor, {})
@@ -237,18 +242,27 @@ class ShardedOptimizer:
         """What ``rank``, this one, keeps of the state in a checkpoint: its shard, even where it steps everything."""
         for runs in self._runs.values():
             for run in runs:
-                state = self.inner.state.get(run.tensor)
-                if state:
-                    layout = run.segment.layout
-                    elementwise, others = split_state(state, run.tensor)
-                    for piece in layout.pieces(run.span.intersect(layout.shard(rank))):
-                        part = piece.within_buffer.shift(-run.span.begin)
-                        yield StatePiece(
-                            run.segment.names[piece.slot],
-                            piece.within_parameter,
-                            {key: value.reshape(-1)[part.begin : part.end] for key, value in elementwise.items()},
-                            others,
-                        )
+                if not self._has_state(run):
+                    continue
+                layout = run.segment.layout
+                _, others = split_state(self.inner.state[run.tensor], run.tensor)
+                elementwise = self._elementwise_of(run)
+                for piece in layout.pieces(run.span.intersect(layout.shard(rank))):
+                    part = piece.within_buffer.shift(-run.span.begin)
+                    yield StatePiece(
+                        run.segment.names[piece.slot],
+                        piece.within_parameter,
+                        {key: value.part(part) for key, value in elementwise.items()},
+                        others,
+                    )
+
+    def _has_state(self, run: Run) -> bool:
+        return bool(self.inner.state.get(run.tensor))
+
+    def _elementwise_of(self, run: Run) -> Mapping[str, Rest]:
+        """[run] the state with a number for each element."""
+        elementwise, _ = split_state(self.inner.state[run.tensor], run.tensor)
+        return {key: InMemory(value.reshape(-1)) for key, value in elementwise.items()}
 
     def read_states(self, saved: SavedStates) -> Callable[[], None]:
         """Read the state of this rank's runs; what is returned puts it in the place of the present one."""
@@ -256,8 +270,8 @@ class ShardedOptimizer:
             unit: [part for run in runs for part in self._split_by(run, saved.signature)]
             for unit, runs in self._runs.items()
         }
-        states = [
-            (run.tensor, self._read_state(run, saved))
+        installs = [
+            self._read_state(run, saved)
             for runs in new_runs.values()
             for run in runs
             if saved.signature(run.segment.names[next(run.segment.layout.pieces(run.span)).slot])
@@ -265,17 +279,21 @@ class ShardedOptimizer:
 
         def install() -> None:
             self._runs = new_runs
-            self.inner.state.clear()
-            self.inner.state.update(states)
+            self._forget_states()
+            for put in installs:
+                put()
             self._point_groups(run for runs in new_runs.values() for run in runs)
 
         return install
 
-    def _split_by(self, run: _Run, kind_of: Callable[[str], Hashable]) -> list[_Run]:
+    def _forget_states(self) -> None:
+        self.inner.state.clear()
+
+    def _split_by(self, run: Run, kind_of: Callable[[str], Hashable]) -> list[Run]:
         spans = _spans_of_one_kind(run, kind_of)
         return [run] if len(spans) == 1 else [self._run(run.segment, run.group, span) for span in spans]
 
-    def _read_state(self, run: _Run, saved: SavedStates) -> dict[str, Any]:
+    def _read_state(self, run: Run, saved: SavedStates) -> Callable[[], None]:
         pieces = list(run.segment.layout.pieces(run.span))
         name = run.segment.names[pieces[0].slot]
         state = others_beside(saved.others(name), run.tensor, self.inner.param_groups[run.group])
@@ -286,7 +304,7 @@ class ShardedOptimizer:
                 out = whole[place.begin : place.end]
                 saved.read_state(kind, run.segment.names[piece.slot], piece.within_parameter, out)
             state[kind] = whole.view(run.tensor.shape)
-        return state
+        return partial(self.inner.state.__setitem__, run.tensor, state)
 
     # --------------------------------------------------------------------------------------------------- memory
 
@@ -321,7 +339,7 @@ def _elementwise_state(state: dict[str, Any]) -> int:
     return sum(1 for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1)
 
 
-def _state_of_run(run: _Run, former: Mapping[torch.Tensor, dict[str, Any]]) -> dict[str, Any]:
+def _state_of_run(run: Run, former: Mapping[torch.Tensor, dict[str, Any]]) -> dict[str, Any]:
     """Join what the parameters of a run had: elementwise tensors piece by piece, everything else must be alike.
 
     Raises:
@@ -367,16 +385,17 @@ def _refuse_foreign_step(optimizer: ShardedOptimizer | None) -> None:
         )
 
 
-def _is_unused(run: _Run, unused: frozenset[str]) -> bool:
+def is_unused(run: Run, unused: frozenset[str]) -> bool:
+    """Whether all parameters of the run are among ``unused``."""
     return all(run.segment.names[piece.slot] in unused for piece in run.segment.layout.pieces(run.span))
 
 
-def _is_mixed(run: _Run, unused: frozenset[str]) -> bool:
+def _is_mixed(run: Run, unused: frozenset[str]) -> bool:
     kinds = {run.segment.names[piece.slot] in unused for piece in run.segment.layout.pieces(run.span)}
     return len(kinds) == 2
 
 
-def _spans_of_one_kind(run: _Run, kind_of: Callable[[str], Hashable]) -> list[Span]:
+def _spans_of_one_kind(run: Run, kind_of: Callable[[str], Hashable]) -> list[Span]:
     spans: list[tuple[Hashable, Span]] = []
     for piece in run.segment.layout.pieces(run.span):
         kind = kind_of(run.segment.names[piece.slot])

@@ -1,16 +1,19 @@
-"""Where the parameters of one flat buffer rest, and how they become whole: two answers, one interface.
+"""Where the parameters of one flat buffer rest on the device, and how they become whole: two answers, one interface.
 
 ``ResidentParameters``  whole on every rank at all times; after a step the owners' slices are published.
 ``ShardedParameters``  only this rank's shard rests; the whole buffer exists between ``unshard`` and ``reshard``.
 
-Both keep the user's ``nn.Parameter`` objects and make them views into one flat buffer, so that a gather lands in the
+(``OffloadedParameters``, in a file of its own: the shard rests in a store.)
+
+All keep the user's ``nn.Parameter`` objects and make them views into one flat buffer, so that a gather lands in the
 memory that the module reads. ``master`` is what the optimizer steps: a slice of the buffer itself where the parameter
 computes in the master's dtype, else a wider copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,6 +22,10 @@ from torch import nn
 from shardwise.comm.base import CollectiveId, Communicator, Done, Pending
 from shardwise.layout import Layout, Span
 from shardwise.precision import master_dtype
+from shardwise.store.base import Transfer
+from shardwise.zero.beside import Beside
+from shardwise.zero.rest import InMemory, InStore, Rest
+from shardwise.zero.shard_states import MASTER, ShardStates
 
 
 class ParameterHome(Protocol):
@@ -30,11 +37,18 @@ class ParameterHome(Protocol):
     full: torch.Tensor
     """[N] in the compute dtype; its storage may be empty while sharded."""
     master: torch.Tensor
-    """[optimizer's span] in the master dtype; empty for frozen parameters."""
+    """[optimizer's span] in the master dtype, without memory where a store holds it; empty for frozen parameters."""
     master_span: Span
     """The elements of the flat buffer that ``master`` and ``resting`` hold."""
-    resting: torch.Tensor
-    """[optimizer's span] the values in the widest dtype that is kept, also of frozen parameters."""
+    resting: Rest
+    """[optimizer's span] the values in the widest dtype that is kept, also of frozen parameters. Saving to it changes
+    everything that rests of them on this rank; other ranks' copies follow with ``publish``."""
+
+    def fetch(self) -> bool:
+        """Start bringing this rank's shard near, ahead of ``unshard``; False where there is no room for it now."""
+
+    def forget_fetched(self) -> None:
+        """What was fetched ahead will not be used, or will be outdated."""
 
     def unshard(self, identity: CollectiveId) -> None:
         """Start making the buffer whole."""
@@ -45,17 +59,25 @@ class ParameterHome(Protocol):
     def reshard(self) -> None:
         """Give the whole buffer back where only a shard rests."""
 
+    def accept(self, span: Span, stepped: torch.Tensor) -> Sequence[Transfer]:
+        """Take over the stepped values of elements ``span``, where the masters rest in a store.
+
+        Args:
+            span: of the flat buffer, inside ``master_span``.
+            stepped: [span] in host memory, which may be used again when the transfers that are returned have ended.
+        """
+
     def publish(self, identity: CollectiveId) -> Pending:
-        """Bring the stepped masters to every rank that holds the whole buffer."""
+        """Bring the stepped values to every rank that holds the whole buffer."""
 
     def load(self, slot: int, value: torch.Tensor) -> None:
         """Replace a parameter's value, given whole; on all ranks, while nobody reads."""
 
-    def resting_tensors(self) -> list[torch.Tensor]:
-        """What is allocated while nothing is unsharded, the master first if it is separate."""
+    def resting_bytes(self) -> tuple[int, int]:
+        """What is allocated while nothing is unsharded, stores apart: for parameters, and for separate masters."""
 
 
-def _initial_values(
+def initial_values(
     layout: Layout, parameters: Sequence[nn.Parameter], dtype: torch.dtype, comm: Communicator
 ) -> torch.Tensor:
     """[N] the parameters' values in ``dtype``, each in its slot; rank 0's win, as with DistributedDataParallel."""
@@ -72,10 +94,25 @@ def slot_views(buffer: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
 
 
 class ResidentParameters:
-    """Whole on every rank. ``span`` is what this rank's optimizer owns: everything, or its shard."""
+    """Whole on every rank.
+
+    Args:
+        comm: the transport.
+        layout: of the flat buffer.
+        parameters: in the order of its slots.
+        dtype: that they compute in.
+        span: what this rank's optimizer owns: everything, or its shard.
+        states: where the masters rest, if they are off the device.
+    """
 
     def __init__(
-        self, comm: Communicator, layout: Layout, parameters: Sequence[nn.Parameter], dtype: torch.dtype, span: Span
+        self,
+        comm: Communicator,
+        layout: Layout,
+        parameters: Sequence[nn.Parameter],
+        dtype: torch.dtype,
+        span: Span,
+        states: ShardStates | None = None,
     ) -> None:
         self.layout = layout
         self.parameters = list(parameters)
@@ -84,17 +121,39 @@ class ResidentParameters:
         self._sharded_optimizer = span != layout.whole
         trainable = parameters[0].requires_grad
         resting_dtype = master_dtype(dtype) if trainable else dtype
-        values = _initial_values(layout, parameters, resting_dtype, comm)
+        values = initial_values(layout, parameters, resting_dtype, comm)
         self.full = comm.allocate(layout.numel, dtype)
         self.full.copy_(values)
         self._own = self.full[span.begin : span.end]
-        self._separate = resting_dtype != dtype
+        self._beside = Beside(comm.device)
         # The masters keep what the compute dtype rounds away.
-        owned = values[span.begin : span.end].clone() if self._separate else self._own
-        self.resting = owned
-        self.master = owned if trainable else owned[:0]
+        self._separate: torch.Tensor | None = None
+        if states is not None and states.plan.holds(MASTER):
+            states.write(MASTER, span, values[span.begin : span.end])
+            self.resting: Rest = InStore(resting_dtype, span, partial(states.read, MASTER), self._save_to(states))
+            self.master = guard(self._own.shape, resting_dtype, torch.device("cpu"))
+        else:
+            if resting_dtype != dtype:
+                self._separate = values[span.begin : span.end].clone()
+            owned = self._own if self._separate is None else self._separate
+            self.resting = InMemory(owned)
+            self.master = owned if trainable else owned[:0]
         for parameter, view in zip(parameters, slot_views(self.full, layout), strict=True):
             parameter.data = view
+
+    def _save_to(self, states: ShardStates) -> Callable[[Span, torch.Tensor], None]:
+        def save(span: Span, values: torch.Tensor) -> None:
+            states.write(MASTER, span, values)
+            self.full[span.begin : span.end].copy_(values)
+
+        return save
+
+    def fetch(self) -> bool:
+        """Here already."""
+        return True
+
+    def forget_fetched(self) -> None:
+        """Nothing was."""
 
     def unshard(self, identity: CollectiveId) -> None:
         """Whole already."""
@@ -105,10 +164,17 @@ class ResidentParameters:
     def reshard(self) -> None:
         """Whole always."""
 
+    def accept(self, span: Span, stepped: torch.Tensor) -> Sequence[Transfer]:
+        """Into my slice, narrowed where it is narrower."""
+        with self._beside.run():
+            self.full[span.begin : span.end].copy_(stepped, non_blocking=True)
+        return [self._beside.end()]
+
     def publish(self, identity: CollectiveId) -> Pending:
         """Narrow my masters into my slice, then fetch the other owners' slices where the optimizer is sharded."""
-        if self._separate:
-            self._own.copy_(self.resting)
+        if self._separate is not None:
+            self._own.copy_(self._separate)
+        self._beside.join()
         if not self._sharded_optimizer:
             return Done()
         # The readers of shared memory wait for the owners' signal, which comes after the last narrowing of all buffers.
@@ -117,12 +183,12 @@ class ResidentParameters:
     def load(self, slot: int, value: torch.Tensor) -> None:
         """Into the whole buffer, and into the masters what this rank owns of it."""
         self.parameters[slot].data.copy_(value)
-        if self._separate:
-            _load_owned(self.layout, slot, value, self.master_span, self.master)
+        if self.resting.dtype != self.full.dtype or isinstance(self.resting, InStore):
+            load_owned(self.layout, slot, value, self.master_span, self.resting)
 
-    def resting_tensors(self) -> list[torch.Tensor]:
+    def resting_bytes(self) -> tuple[int, int]:
         """The whole buffer, and the masters if they are separate."""
-        return [self.master, self.full] if self._separate else [self.full]
+        return self.full.nbytes, 0 if self._separate is None else self._separate.nbytes
 
 
 class ShardedParameters:
@@ -131,32 +197,69 @@ class ShardedParameters:
     While sharded the whole buffer's storage has no bytes: views that autograd saved stay views of it and are valid
     again once it is whole. The module's own parameters show NaN of the right shape meanwhile: a read outside of the
     schedule must not touch freed memory, and must not look like a weight.
+
+    Args:
+        comm: the transport.
+        layout: of the flat buffer.
+        parameters: in the order of its slots.
+        dtype: that they compute in.
+        span: this rank's shard.
+        states: where the masters rest, if they are off the device: the shard then rests in ``dtype``.
     """
 
     def __init__(
-        self, comm: Communicator, layout: Layout, parameters: Sequence[nn.Parameter], dtype: torch.dtype, span: Span
+        self,
+        comm: Communicator,
+        layout: Layout,
+        parameters: Sequence[nn.Parameter],
+        dtype: torch.dtype,
+        span: Span,
+        states: ShardStates | None = None,
     ) -> None:
         self.layout = layout
         self.parameters = list(parameters)
         self.master_span = span
         self._comm = comm
         trainable = parameters[0].requires_grad
-        resting_dtype = master_dtype(dtype) if trainable else dtype
-        values = _initial_values(layout, parameters, resting_dtype, comm)
-        self.shard = comm.allocate(span.numel, resting_dtype)
-        self.shard.copy_(values[span.begin : span.end])
-        self.full = values if resting_dtype == dtype else torch.empty(layout.numel, dtype=dtype, device=comm.device)
-        self._views = slot_views(self.full, layout)
-        self._guards = [_guard(view) for view in self._views]
-        self.resting = self.shard
-        self.master = self.shard if trainable else self.shard[:0]
+        wide_dtype = master_dtype(dtype) if trainable else dtype
+        values = initial_values(layout, parameters, wide_dtype, comm)
+        owned = values[span.begin : span.end]
+        self._beside = Beside(comm.device)
+        if states is not None and states.plan.holds(MASTER):
+            self.shard = comm.allocate(span.numel, dtype)
+            states.write(MASTER, span, owned)
+            self.resting: Rest = InStore(wide_dtype, span, partial(states.read, MASTER), self._save_to(states))
+            self.master = guard(owned.shape, wide_dtype, torch.device("cpu"))
+        else:
+            self.shard = comm.allocate(span.numel, wide_dtype)
+            self.resting = InMemory(self.shard)
+            self.master = self.shard if trainable else self.shard[:0]
+        self.shard.copy_(owned)
+        self.whole = WholeBuffer(values, layout, parameters, dtype)
+        self.full = self.whole.tensor
         self._pending: Pending | None = None
-        self.reshard()
+
+    def _save_to(self, states: ShardStates) -> Callable[[Span, torch.Tensor], None]:
+        def save(span: Span, values: torch.Tensor) -> None:
+            states.write(MASTER, span, values)
+            self._part(span).copy_(values)
+
+        return save
+
+    def _part(self, span: Span) -> torch.Tensor:
+        local = span.shift(-self.master_span.begin)
+        return self.shard[local.begin : local.end]
+
+    def fetch(self) -> bool:
+        """Here already."""
+        return True
+
+    def forget_fetched(self) -> None:
+        """Nothing was."""
 
     def unshard(self, identity: CollectiveId) -> None:
         """Allocate the whole buffer and start the gather."""
-        storage = self.full.untyped_storage()
-        storage.resize_(self.full.numel() * self.full.itemsize)
+        self.whole.allocate()
         self._pending = self._comm.all_gather(identity, self.full, self.shard)
 
     def wait_unsharded(self) -> None:
@@ -165,43 +268,82 @@ class ShardedParameters:
             return
         self._pending.wait()
         self._pending = None
-        for parameter, view in zip(self.parameters, self._views, strict=True):
-            parameter.data = view
+        self.whole.show()
 
     def reshard(self) -> None:
         """Free the whole buffer; a gather under way must end first, for it writes there."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
-        for parameter, guard in zip(self.parameters, self._guards, strict=True):
-            parameter.data = guard
-        self.full.untyped_storage().resize_(0)
+        self.whole.free()
+
+    def accept(self, span: Span, stepped: torch.Tensor) -> Sequence[Transfer]:
+        """Into the shard, narrowed where it is narrower."""
+        with self._beside.run():
+            self._part(span).copy_(stepped, non_blocking=True)
+        return [self._beside.end()]
 
     def publish(self, identity: CollectiveId) -> Pending:
-        """The next gather reads the masters themselves."""
+        """The next gather reads the shards themselves."""
+        self._beside.join()
         return Done()
 
     def load(self, slot: int, value: torch.Tensor) -> None:
-        """Into the shard, what this rank owns of it."""
-        _load_owned(self.layout, slot, value, self.master_span, self.shard)
+        """What this rank owns of it."""
+        load_owned(self.layout, slot, value, self.master_span, self.resting)
 
-    def resting_tensors(self) -> list[torch.Tensor]:
+    def resting_bytes(self) -> tuple[int, int]:
         """The shard."""
-        return [self.shard]
+        return self.shard.nbytes, 0
 
 
-def _load_owned(layout: Layout, slot: int, value: torch.Tensor, span: Span, target: torch.Tensor) -> None:
-    """Copy the part of a parameter's whole ``value`` that lies in ``span`` into ``target`` [span]."""
+class WholeBuffer:
+    """[N] the whole parameters of a sharded buffer, with memory only from ``allocate`` to ``free``.
+
+    Args:
+        values: [N] the values that the parameters had; its memory becomes the buffer's where the dtype is the same.
+        layout: of the buffer.
+        parameters: in the order of its slots.
+        dtype: that they compute in.
+    """
+
+    def __init__(
+        self, values: torch.Tensor, layout: Layout, parameters: Sequence[nn.Parameter], dtype: torch.dtype
+    ) -> None:
+        self.tensor = values if values.dtype == dtype else torch.empty(layout.numel, dtype=dtype, device=values.device)
+        self._parameters = list(parameters)
+        self._views = slot_views(self.tensor, layout)
+        self._guards = [guard(view.shape, view.dtype, view.device) for view in self._views]
+        self.free()
+
+    def allocate(self) -> None:
+        """Memory with undefined content."""
+        self.tensor.untyped_storage().resize_(self.tensor.numel() * self.tensor.itemsize)
+
+    def show(self) -> None:
+        """The module's parameters are views of it."""
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.data = view
+
+    def free(self) -> None:
+        """The module's parameters show NaN, and the memory goes."""
+        for parameter, stand_in in zip(self._parameters, self._guards, strict=True):
+            parameter.data = stand_in
+        self.tensor.untyped_storage().resize_(0)
+
+
+def load_owned(layout: Layout, slot: int, value: torch.Tensor, span: Span, target: Rest) -> None:
+    """Save the part of a parameter's whole ``value`` that lies in ``span`` to ``target`` [span]."""
     owned = layout.slots[slot].span.intersect(span)
     if owned.numel:
-        source, place = owned.shift(-layout.slots[slot].offset), owned.shift(-span.begin)
-        target[place.begin : place.end].copy_(value.reshape(-1)[source.begin : source.end])
+        source = owned.shift(-layout.slots[slot].offset)
+        target.part(owned.shift(-span.begin)).save(value.reshape(-1)[source.begin : source.end])
 
 
-def _guard(view: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape without memory of its own, full of NaN (or of the least integer)."""
-    if view.is_floating_point() or view.is_complex():
+def guard(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of that shape without memory of its own, full of NaN (or of the least integer)."""
+    if dtype.is_floating_point or dtype.is_complex:
         value: float = float("nan")
     else:
-        value = 0 if view.dtype == torch.bool else torch.iinfo(view.dtype).min
-    return torch.full((), value, dtype=view.dtype, device=view.device).expand(view.shape)
+        value = 0 if dtype == torch.bool else torch.iinfo(dtype).min
+    return torch.full((), value, dtype=dtype, device=device).expand(shape)

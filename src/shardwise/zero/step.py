@@ -24,6 +24,7 @@ from shardwise.zero.agreement import agree, agree_unused
 from shardwise.zero.invariants import check_home, check_reduced
 from shardwise.zero.optimizer import SavedStates, ShardedOptimizer, StatePiece, describe, others_beside, split_state
 from shardwise.zero.reducer import Reducer
+from shardwise.zero.rest import InMemory
 from shardwise.zero.unit import Unit
 
 
@@ -355,7 +356,7 @@ class LocalStep:
             state = self._optimizer.state.get(parameter)
             if state:
                 elementwise, others = split_state(state, parameter)
-                flat = {key: value.reshape(-1) for key, value in elementwise.items()}
+                flat = {key: InMemory(value.reshape(-1)) for key, value in elementwise.items()}
                 yield StatePiece(name, Span(0, parameter.numel()), flat, others)
 
     def read_states(self, saved: SavedStates) -> Callable[[], None]:

@@ -1,0 +1,355 @@
+"""The stores of one engine: what rests in them, the host memory that it passes through, and the room that it takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shardwise.comm.base import CollectiveId, Communicator
+from shardwise.config import EngineConfig
+from shardwise.config.zero import OffloadOptimizerConfig, OffloadParamConfig
+from shardwise.errors import ConfigError, StateError, StorageError
+from shardwise.layout import Layout
+from shardwise.optim.probe import OptimizerTraits
+from shardwise.precision import master_dtype
+from shardwise.store.base import Store
+from shardwise.store.direct_io import DirectIO, IOSettings
+from shardwise.store.host_memory import HostMemory
+from shardwise.store.run_directory import RunDirectory, new_run_id
+from shardwise.store.swap_file import SwapFile
+from shardwise.zero.beside import Beside
+from shardwise.zero.offload import ON_DEVICE, Offload, Place, choose_offload
+from shardwise.zero.offloaded_parameters import NearShards, ShardPlace
+from shardwise.zero.shard_states import (
+    GRADIENT,
+    MASTER,
+    WINDOW_NUMEL,
+    ShardStates,
+    WindowPlan,
+    cut_windows,
+)
+from shardwise.zero.sharding import Sharding
+from shardwise.zero.staging import Staging
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A flat buffer to be, as far as its resting places depend on it."""
+
+    layout: Layout
+    dtype: torch.dtype
+    trainable: bool
+    sharding: Sharding
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the states of one flat buffer rest."""
+
+    offload: Offload = ON_DEVICE
+    parameters: ShardPlace | None = None
+    """In a store, or on the device."""
+    states: ShardStates | None = None
+    trained: bool = False
+
+
+def plan_window(offload: Offload, buffer: Buffer, traits: OptimizerTraits, device_type: str) -> WindowPlan:
+    """What a window of this buffer holds.
+
+    A parameter that rests where the CPU steps it, in the dtype that it is stepped in, is its own master.
+    """
+    wide = master_dtype(buffer.dtype)
+    near_the_cpu = offload.parameter is Place.HOST or (offload.parameter is Place.DEVICE and device_type == "cpu")
+    in_a_file = offload.parameter is Place.NVME
+    kinds: list[tuple[str, torch.dtype]] = []
+    if buffer.sharding.gradient or device_type != "cpu":
+        kinds.append((GRADIENT, wide))
+    if wide != buffer.dtype or not (near_the_cpu or in_a_file):
+        kinds.append((MASTER, wide))
+    kinds += [(kind, wide if dtype == torch.float32 else dtype) for kind, dtype in traits.states]
+    travels_narrow = not near_the_cpu and wide != buffer.dtype
+    return WindowPlan(tuple(kinds), buffer.dtype if in_a_file or travels_narrow else None)
+
+
+class Offloading:
+    """Stores, staging and places of one engine; made in three moves::
+
+        places = offloading.plan(buffers)     room is reserved
+        offloading.open()                     and taken: collective, fails on all ranks or none
+        ...                                   homes are built, which write their first values
+        offloading.close()
+
+    Args:
+        comm: the transport.
+        config: of the engine.
+        traits: of the optimizer; None: there is none.
+    """
+
+    def __init__(self, comm: Communicator, config: EngineConfig, traits: OptimizerTraits | None) -> None:
+        zero = config.zero_optimization
+        self._comm = comm
+        self._traits = traits
+        self._parameter: OffloadParamConfig = zero.offload_param
+        self._optimizer: OffloadOptimizerConfig = zero.offload_optimizer
+        self._io_settings = IOSettings.of(config.aio)
+        self.wanted = choose_offload(self._parameter.device, self._optimizer.device, comm.device.type)
+        if traits is None:
+            self.wanted = Offload(self.wanted.parameter)
+        self._window_numel = min(WINDOW_NUMEL, max(1, zero.sub_group_size))
+        self._io: DirectIO | None = None
+        self._directories: dict[str, RunDirectory] = {}
+        self._parameter_store: Store | None = None
+        self._state_store: Store | None = None
+        self._parameter_staging: Staging | None = None
+        self._state_staging: Staging | None = None
+        self._beside = Beside(comm.device)
+        self._near = NearShards()
+        self._places: list[Places] = []
+        self._largest_shard_bytes = 0
+
+    # ----------------------------------------------------------------------------------------------------- plan
+
+    def plan(self, buffers: Sequence[Buffer]) -> list[Places]:
+        """Choose the place of each buffer's states and reserve room for it. Collective where files are used."""
+        if not self.wanted.is_any:
+            return [Places(trained=self._traits is not None) for _ in buffers]
+        self._make_stores()
+        in_memory = self._first_parameters_in_memory(buffers)
+        streamed = self._first_states_off_the_device(buffers)
+        self._places = [
+            self._place(buffer, index in in_memory, index in streamed) for index, buffer in enumerate(buffers)
+        ]
+        return self._places
+
+    def _make_stores(self) -> None:
+        if Place.NVME in (self.wanted.parameter, self.wanted.optimizer):
+            self._io = DirectIO(self._io_settings)
+            self._join_directories()
+        self._parameter_store = self._store(self.wanted.parameter, self._parameter.nvme_path, "parameters",
+                                            self._parameter.pin_memory)  # fmt: skip
+        self._state_store = self._store(self.wanted.optimizer, self._optimizer.nvme_path, "optimizer",
+                                        self._optimizer.pin_memory)  # fmt: skip
+
+    def _join_directories(self) -> None:
+        mine = new_run_id().encode()
+        run_id = self._comm.exchange(CollectiveId("name of the run's files", "", 0), mine)[0].decode()
+        paths = []
+        if self.wanted.parameter is Place.NVME:
+            paths.append(self._parameter.nvme_path)
+        if self.wanted.optimizer is Place.NVME:
+            paths.append(self._optimizer.nvme_path)
+
+        def join() -> None:
+            for path in paths:
+                if path is not None and path not in self._directories:
+                    self._directories[path] = RunDirectory(path, run_id, self._comm.rank)
+
+        self._on_every_rank("the directories of offloaded states", join)
+
+    def _store(self, place: Place, path: str | None, kind: str, pin: bool) -> Store | None:
+        if place is Place.HOST:
+            return HostMemory(pin)
+        if place is Place.NVME:
+            assert self._io is not None and path is not None
+            return SwapFile(self._directories[path].file(kind), self._io)
+        return None
+
+    def _first_parameters_in_memory(self, buffers: Sequence[Buffer]) -> set[int]:
+        """The buffers that ``max_in_cpu`` lets stay in memory although the others rest in a file."""
+        if self.wanted.parameter is not Place.NVME or "max_in_cpu" not in self._parameter.model_fields_set:
+            return set()
+        room, kept = self._parameter.max_in_cpu, set()
+        for index, buffer in enumerate(buffers):
+            numel = self._comm.my_span(buffer.layout.cuts).numel
+            if buffer.sharding.parameter and numel <= room:
+                room -= numel
+                kept.add(index)
+        return kept
+
+    def _first_states_off_the_device(self, buffers: Sequence[Buffer]) -> set[int]:
+        """The buffers whose states leave the device: ``ratio`` of all elements, in whole buffers."""
+        sizes = [buffer.layout.numel if buffer.trainable else 0 for buffer in buffers]
+        room, off = self._optimizer.ratio * sum(sizes), set()
+        for index, size in enumerate(sizes):
+            if size and size <= room:
+                room -= size
+                off.add(index)
+        return off
+
+    def _place(self, buffer: Buffer, parameters_in_memory: bool, states_leave: bool) -> Places:
+        comm, trained = self._comm, self._traits is not None and buffer.trainable
+        offload = Offload(
+            self.wanted.parameter if buffer.sharding.parameter and not parameters_in_memory else Place.DEVICE,
+            self.wanted.optimizer if trained and states_leave else Place.DEVICE,
+        )
+        span = comm.my_span(buffer.layout.cuts)
+        states = parameters = None
+        if offload.optimizer is not Place.DEVICE:
+            assert self._state_store is not None and self._traits is not None
+            plan = plan_window(offload, buffer, self._traits, comm.device.type)
+            spans = cut_windows(buffer.layout, span, self._traits.elementwise, self._window_numel)
+            states = ShardStates(self._state_store, self._staging_of_states, self._beside, plan, spans)
+        if offload.parameter is not Place.DEVICE:
+            assert self._parameter_store is not None
+            own_master = trained and (states is None or states.plan.holds(MASTER))
+            dtype = buffer.dtype if own_master or not trained else master_dtype(buffer.dtype)
+            num_bytes = span.numel * dtype.itemsize
+            self._largest_shard_bytes = max(self._largest_shard_bytes, num_bytes)
+            extent = self._parameter_store.reserve(num_bytes)
+            parameters = ShardPlace(self._parameter_store, extent, self._staging_of_parameters, self._near)
+        return Places(offload, parameters, states, trained)
+
+    # ----------------------------------------------------------------------------------------------------- open
+
+    def open(self) -> None:
+        """Take the room in memory and on the disk. Collective.
+
+        Raises:
+            ConfigError: some rank cannot have it; nothing is left behind.
+        """
+        if not self.wanted.is_any:
+            return
+        self._check_room()
+        try:
+            self._on_every_rank("the room for offloaded states", self._allocate)
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self) -> None:
+        for store in self._stores():
+            store.allocate()
+        if isinstance(self._parameter_store, SwapFile):
+            most = self._parameter.buffer_count * self._parameter.buffer_size
+            wanted = self._parameter.buffer_count
+            shard_numel = max(1, self._largest_shard_bytes // 4)
+            num_slabs = max(2, min(wanted, most // shard_numel))
+            self._parameter_staging = Staging(num_slabs, self._largest_shard_bytes, self._pins(self._parameter.pin_memory))
+        if isinstance(self._state_store, SwapFile):
+            largest = max((p.states.window_bytes() for p in self._places if p.states is not None), default=0)
+            num_slabs = max(3, self._optimizer.buffer_count)
+            self._state_staging = Staging(num_slabs, largest, self._pins(self._optimizer.pin_memory))
+
+    def _pins(self, asked: bool) -> bool:
+        return asked and self._comm.device.type == "cuda"
+
+    def _check_room(self) -> None:
+        """The files of all ranks on one filesystem of one host, together, against what is free there."""
+        needs: dict[str, int] = {}
+        for store, path in ((self._parameter_store, self._parameter.nvme_path), (self._state_store, self._optimizer.nvme_path)):
+            if isinstance(store, SwapFile):
+                assert path is not None
+                device = f"{os.uname().nodename} {os.stat(path).st_dev}"
+                needs[device] = needs.get(device, 0) + store.num_bytes
+        said = "\n".join(f"{num_bytes} {device}" for device, num_bytes in needs.items()).encode()
+        total = dict.fromkeys(needs, 0)
+        for answer in self._comm.exchange(CollectiveId("the room that files need", "", 0), said):
+            for line in answer.decode().splitlines():
+                num_bytes, device = line.split(" ", 1)
+                if device in total:
+                    total[device] += int(num_bytes)
+        faults = []
+        for path in self._directories:
+            place = os.statvfs(path)
+            need, free = total[f"{os.uname().nodename} {os.stat(path).st_dev}"], place.f_bavail * place.f_frsize
+            if need > free:
+                faults.append(
+                    f"nvme_path {path} has {free:,d} bytes free, and the files of all ranks on it need {need:,d}. Free "
+                    "space there, choose another path, or keep some of the states in memory (offload_optimizer.ratio)."
+                )
+        self._on_every_rank("the free space for files", lambda: _raise_first(faults))
+
+    def _on_every_rank(self, subject: str, work: Callable[[], None]) -> None:
+        """Do it; a failure on one rank is the same error on all of them. Collective."""
+        failure: Exception | None = None
+        try:
+            work()
+        except (ConfigError, StorageError, OSError) as error:
+            failure = error
+        answers = self._comm.exchange(CollectiveId(subject, "", 0), str(failure or "").encode())
+        for rank, answer in enumerate(answers):
+            if answer:
+                self.close()
+                raise ConfigError(answer.decode() if self._comm.size == 1 else f"rank {rank}: {answer.decode()}") from failure
+
+    # -------------------------------------------------------------------------------------------------- while open
+
+    def _staging_of_parameters(self) -> Staging:
+        if self._parameter_staging is None:
+            raise StateError("parameters were read from their file before it was opened, or after it was closed.")
+        return self._parameter_staging
+
+    def _staging_of_states(self) -> Staging:
+        if self._state_staging is None:
+            raise StateError("optimizer states were read from their file before it was opened, or after it was closed.")
+        return self._state_staging
+
+    def _stores(self) -> list[Store]:
+        return [store for store in (self._parameter_store, self._state_store) if store is not None]
+
+    @property
+    def depth(self) -> int:
+        """Windows of optimizer states that are brought in ahead of the one that is stepped."""
+        return 1 if self._state_staging is None else max(1, self._state_staging.num_slabs - 2)
+
+    def check(self) -> None:
+        """At a boundary: nothing failed, and nobody touched the files.
+
+        Raises:
+            StorageError: names the file and what happened to it.
+        """
+        for store in self._stores():
+            store.check()
+
+    def settle(self) -> None:
+        """Return when all that was written has arrived.
+
+        Raises:
+            StorageError: something did not.
+        """
+        for staging in (self._parameter_staging, self._state_staging):
+            if staging is not None:
+                staging.drain()
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of stores and staging."""
+        stagings = [staging for staging in (self._parameter_staging, self._state_staging) if staging is not None]
+        return sum(store.host_bytes for store in self._stores()) + sum(staging.num_bytes for staging in stagings)
+
+    @property
+    def nvme_bytes(self) -> int:
+        """Bytes of this rank's files."""
+        return sum(store.num_bytes for store in self._stores() if isinstance(store, SwapFile))
+
+    @property
+    def files(self) -> list[Path]:
+        """This rank's files."""
+        return [store.path for store in self._stores() if isinstance(store, SwapFile)]
+
+    def close(self) -> None:
+        """Give up the stores; their files go. Twice is fine."""
+        for staging in (self._parameter_staging, self._state_staging):
+            if staging is not None:
+                with suppress(StorageError):  # whoever needed it was told; now nobody does
+                    staging.drain()
+                staging.close()
+        self._parameter_staging = self._state_staging = None
+        for store in self._stores():
+            store.close()
+        self._parameter_store = self._state_store = None
+        if self._io is not None:
+            self._io.close()
+        for directory in self._directories.values():
+            directory.close()
+        self._directories.clear()
+
+
+def _raise_first(faults: Sequence[str]) -> None:
+    if faults:
+        raise ConfigError(faults[0])
