@@ -9,8 +9,9 @@
     store.check()                         at a boundary: nobody else changed what we wrote
     store.close()
 
-Transfers of one store that touch the same bytes, one of them a write, happen in the order in which they were started.
-All others may overtake each other. The memory of a transfer must stay as it is until the transfer is done.
+Transfers that touch the same bytes, in a store or in memory, and of which one changes them, happen in the order in
+which they were started; all others may overtake each other. So a read into a slab may be started right after a write
+from it. Whoever is not a transfer, such as a kernel, must wait for the transfer before it touches the memory.
 """
 
 from __future__ import annotations

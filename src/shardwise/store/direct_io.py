@@ -1,150 +1,59 @@
-"""Reads and writes in the background: two groups of threads, each of which moves one block at a time.
+"""Reads and writes in the background, in order wherever the order matters.
 
-A transfer is cut into blocks of ``block_bytes``; the threads of its direction take them in order. A thread stands in
-one system call without the interpreter's lock, so threads are how deep the disk's queue is filled, not processors that
-are used: ``queue_depth * num_threads`` blocks are under way in each direction.
+A transfer is cut into blocks; the threads of its direction move them, ``queue_depth * num_threads`` at a time, past
+each other and past those of other transfers. A transfer waits for earlier ones that it *meets*: both touch the same
+bytes of a file, or the same bytes of memory, and one of the two changes them. So a slab's next read may be started
+right after its write was, and begins the moment that the write ends.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
-import time
 import weakref
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.config.tools import AioConfig
-from shardwise.errors import StateError, StorageError
-from shardwise.store.base import PAGE_BYTES, Traffic, Transfer, round_up
-from shardwise.store.direct_file import DirectFile
+import numpy as np
 
-MOST_IN_FLIGHT = 64
-"""Blocks under way in one direction at most, whatever the settings: each takes a thread."""
+from shardwise.errors import StateError, StorageError
+from shardwise.store.base import PAGE_BYTES, Traffic, Transfer
+from shardwise.store.direct_file import DirectFile
+from shardwise.store.io_settings import IOSettings
+from shardwise.store.lane import Job, Lane
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class IOSettings:
-    """The block ``aio`` of the JSON, as far as it acts."""
-
-    block_bytes: int = 1 << 20
-    """What one system call moves; rounded up to whole pages."""
-    queue_depth: int = 8
-    num_threads: int = 1
-    """``intra_op_parallelism``; times ``queue_depth``: blocks under way in each direction."""
-    single_submit: bool = False
-    """One block of a transfer at a time: gentle to a disk that is shared."""
-    overlap_events: bool = True
-    """False: a transfer's next blocks start when all of its earlier ones have ended."""
-
-    @classmethod
-    def of(cls, aio: AioConfig) -> IOSettings:
-        """What the JSON says."""
-        return cls(
-            aio.block_size,
-            aio.queue_depth,
-            max(aio.intra_op_parallelism, aio.thread_count),
-            aio.single_submit,
-            aio.overlap_events,
-        )
-
-    @property
-    def num_in_flight(self) -> int:
-        """Blocks under way in each direction at most."""
-        return max(1, min(self.queue_depth * self.num_threads, MOST_IN_FLIGHT))
-
-    @property
-    def num_at_once(self) -> int:
-        """Blocks of one transfer that are handed over together; 0: all of them."""
-        if self.single_submit:
-            return 1
-        return 0 if self.overlap_events else self.num_in_flight
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    transfer: FileTransfer
-    offset: int
-    memory: memoryview
-
-
-class _Lane:
-    """The threads of one direction; they start when they are first needed."""
-
-    def __init__(self, name: str, most_threads: int) -> None:
-        self._name = name
-        self._most_threads = most_threads
-        self._changed = threading.Condition()
-        self._blocks: deque[_Block] = deque()
-        self._num_idle = 0
-        self._threads: list[threading.Thread] = []
-        self._closed = False
-
-    def put(self, blocks: list[_Block]) -> None:
-        with self._changed:
-            self._blocks.extend(blocks)
-            wanted = min(len(self._blocks) - self._num_idle, self._most_threads - len(self._threads))
-            for _ in range(wanted):
-                thread = threading.Thread(target=self._run, name=f"shardwise-{self._name}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-            self._changed.notify(len(blocks))
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._num_idle += 1
-                while not self._blocks:
-                    if self._closed:
-                        return
-                    self._changed.wait()
-                self._num_idle -= 1
-                block = self._blocks.popleft()
-            block.transfer.move(block)
-            del block  # its memory must not be held while the thread waits
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-
-
-class WatchedFile:
-    """A file with its transfers under way, kept in order where they touch the same bytes."""
-
-    def __init__(self, file: DirectFile) -> None:
-        self.file = file
-        self.lock = threading.Lock()
-        self.active: list[FileTransfer] = []
-        self.failure: StorageError | None = None
+def address_of(memory: memoryview) -> int:
+    """Where the bytes begin; 0 where there are none."""
+    return int(np.frombuffer(memory, np.uint8).ctypes.data) if memory.nbytes else 0
 
 
 class FileTransfer(Transfer):
-    """A read or write of one contiguous part of a file."""
+    """A read or write of one contiguous part of a file. All but ``done`` and ``wait`` is for `DirectIO`."""
 
-    def __init__(self, io: DirectIO, target: WatchedFile, offset: int, memory: memoryview, writes: bool) -> None:
-        self.begin = offset
-        self.end = offset + memory.nbytes
+    def __init__(self, file: DirectFile, offset: int, memory: memoryview, writes: bool) -> None:
+        self.file = file
+        self.offset = offset
+        self.memory = memory
         self.writes = writes
-        self._io = io
-        self._target = target
-        self._memory = memory
-        self._handed_over = 0  # bytes
-        self._num_open = 0  # blocks handed over and not ended
+        self.address = address_of(memory)
+        self.size = memory.nbytes
+        self.handed_over = 0  # bytes
+        self.num_open_blocks = 0
         self.num_before = 0  # transfers that must end first
         self.followers: list[FileTransfer] = []
+        self.error: StorageError | None = None
         self._ended = threading.Event()
-        self._error: StorageError | None = None
 
     def meets(self, other: FileTransfer) -> bool:
-        """Whether the order of the two matters."""
-        return (self.writes or other.writes) and self.begin < other.end and other.begin < self.end
+        """Whether the later of the two must wait for the earlier."""
+        in_file = self.file is other.file and (self.writes or other.writes)
+        if in_file and self.offset < other.offset + other.size and other.offset < self.offset + self.size:
+            return True
+        in_memory = not (self.writes and other.writes)  # a read changes memory, a write does not
+        return in_memory and self.address < other.address + other.size and other.address < self.address + self.size
 
     @property
     def done(self) -> bool:
@@ -154,108 +63,32 @@ class FileTransfer(Transfer):
     def wait(self) -> None:
         """Return when it has ended; StorageError if it failed."""
         self._ended.wait()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
-    def hand_over(self) -> None:
-        """Give the next blocks to the threads, or end where none is left. Under the target's lock."""
-        blocks: list[_Block] = []
-        settings = self._io.settings
-        while self._handed_over < self._memory.nbytes and self._target.failure is None:
-            if settings.num_at_once and len(blocks) == settings.num_at_once:
-                break
-            offset = self.begin + self._handed_over
-            size = min(self._io.block_bytes - offset % PAGE_BYTES, self._memory.nbytes - self._handed_over)
-            blocks.append(_Block(self, offset, self._memory[self._handed_over : self._handed_over + size]))
-            self._handed_over += size
-        self._num_open = len(blocks)
-        if blocks:
-            self._io.lane(self.writes).put(blocks)
-        else:
-            self._end()
-
-    def move(self, block: _Block) -> None:
-        """Do the work of one block; in one of the threads."""
-        target, size = self._target, block.memory.nbytes
-        if target.failure is None:
-            self._io.clock(self.writes).begin()
-            error = None
-            try:
-                if self.writes:
-                    target.file.write(block.memory, block.offset)
-                else:
-                    target.file.read(block.memory, block.offset)
-            except StorageError as caught:
-                error = caught
-            self._io.clock(self.writes).end(0 if error else size)
-            if error is not None:
-                with target.lock:
-                    target.failure = target.failure or error
-        with target.lock:
-            self._num_open -= 1
-            if self._num_open == 0:
-                self.hand_over()
-
-    def _end(self) -> None:
-        target = self._target
-        if target.failure is not None:
-            self._error = target.failure
-        target.active.remove(self)
-        self._memory = memoryview(b"")
+    def end(self) -> None:
+        """Note the end, and let go of the memory."""
+        self.memory = memoryview(b"")
         self._ended.set()
-        for follower in self.followers:
-            follower.num_before -= 1
-            if follower.num_before == 0:
-                follower.hand_over()
-
-
-class _Clock:
-    """How long at least one block of a direction was under way."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_open = 0
-        self._since = 0.0
-        self.num_bytes = 0
-        self.seconds = 0.0
-
-    def begin(self) -> None:
-        with self._lock:
-            if self._num_open == 0:
-                self._since = time.perf_counter()
-            self._num_open += 1
-
-    def end(self, num_bytes: int) -> None:
-        with self._lock:
-            self._num_open -= 1
-            self.num_bytes += num_bytes
-            if self._num_open == 0:
-                self.seconds += time.perf_counter() - self._since
 
 
 class DirectIO:
-    """The threads that all files of a rank share."""
+    """The threads that all files of a rank share, and the order among their transfers."""
 
     def __init__(self, settings: IOSettings | None = None) -> None:
         self.settings = settings or IOSettings()
-        self.block_bytes = round_up(self.settings.block_bytes)
-        self._lanes = tuple(_Lane(name, self.settings.num_in_flight) for name in ("read", "write"))
-        self._clocks = (_Clock(), _Clock())
+        self._reading = Lane("read", self.settings.num_in_flight)
+        self._writing = Lane("write", self.settings.num_in_flight)
+        self._lock = threading.Lock()
+        self._active: list[FileTransfer] = []
         self._closed = False
         self._said_plain = False
-        self._stop: Callable[[], object] = weakref.finalize(self, _close, self._lanes)
+        # Only stops the threads: what finalizes may run in one of them.
+        weakref.finalize(self, _stop, (self._reading, self._writing)).atexit = False
 
-    def lane(self, writes: bool) -> _Lane:
-        """The threads of a direction."""
-        return self._lanes[writes]
-
-    def clock(self, writes: bool) -> _Clock:
-        """The counters of a direction."""
-        return self._clocks[writes]
-
-    def create(self, path: Path, num_bytes: int) -> WatchedFile:
-        """Create a file; see DirectFile. Where it goes through the page cache, one warning says so."""
-        file = DirectFile(path, num_bytes)
+    def create(self, path: Path, num_bytes: int, verify: bool = False) -> DirectFile:
+        """Create a file; see `DirectFile`. Where it goes through the page cache, one warning says so."""
+        file = DirectFile(path, num_bytes, verify)
         if not file.is_direct and not self._said_plain:
             self._said_plain = True
             _logger.warning(
@@ -263,41 +96,119 @@ class DirectIO:
                 "and takes host memory. A local disk with ext4 or xfs does better.",
                 path.parent,
             )
-        return WatchedFile(file)
+        return file
 
-    def start_read(self, target: WatchedFile, offset: int, memory: memoryview) -> Transfer:
-        """Fill ``memory`` from byte ``offset`` of the file on."""
-        return self._start(FileTransfer(self, target, offset, memory, writes=False), target)
+    def start_read(self, file: DirectFile, offset: int, memory: memoryview) -> Transfer:
+        """Fill ``memory`` from byte ``offset`` of the file on; StorageError where the file has failed before."""
+        return self._start(FileTransfer(file, offset, memory.cast("B"), writes=False))
 
-    def start_write(self, target: WatchedFile, offset: int, memory: memoryview) -> Transfer:
-        """Write ``memory`` at byte ``offset`` of the file."""
-        return self._start(FileTransfer(self, target, offset, memory, writes=True), target)
+    def start_write(self, file: DirectFile, offset: int, memory: memoryview) -> Transfer:
+        """Write ``memory`` at byte ``offset`` of the file; StorageError where the file has failed before."""
+        return self._start(FileTransfer(file, offset, memory.cast("B"), writes=True))
 
-    def _start(self, transfer: FileTransfer, target: WatchedFile) -> Transfer:
-        if self._closed:
-            raise StateError(f"A transfer of {target.file.path} was started after its threads were closed.")
-        with target.lock:
-            for other in target.active:
+    def _start(self, transfer: FileTransfer) -> Transfer:
+        file = transfer.file
+        with self._lock:
+            if self._closed:
+                raise StateError(f"A transfer of {file.path} was started after its threads were closed.")
+            file.begin(transfer.writes)
+            for other in self._active:
                 if transfer.meets(other):
                     other.followers.append(transfer)
                     transfer.num_before += 1
-            target.active.append(transfer)
+            self._active.append(transfer)
             if transfer.num_before == 0:
-                transfer.hand_over()
+                self._hand_over(transfer)
         return transfer
+
+    def _hand_over(self, transfer: FileTransfer) -> None:
+        """Give the transfer's next blocks to the threads, or end it where none is left. Under the lock."""
+        jobs: list[Job] = []
+        most = self.settings.num_at_once or transfer.size
+        while transfer.handed_over < transfer.size and len(jobs) < most and transfer.file.failure is None:
+            offset = transfer.offset + transfer.handed_over
+            # All blocks but the first begin on a page of the file.
+            end = min(transfer.size, transfer.handed_over + self.settings.block_bytes - offset % PAGE_BYTES)
+            block = transfer.memory[transfer.handed_over : end]
+            jobs.append(functools.partial(self._move, transfer, offset, block))
+            transfer.handed_over = end
+        if jobs:
+            transfer.num_open_blocks = len(jobs)
+            try:
+                (self._writing if transfer.writes else self._reading).put(jobs)
+                return
+            except StorageError as error:
+                transfer.file.fail(error)
+        self._end(transfer)
+
+    def _move(self, transfer: FileTransfer, offset: int, block: memoryview) -> int:
+        """Move one block; in one of the threads."""
+        moved = 0
+        error: StorageError | None = None
+        if transfer.file.failure is None:
+            try:
+                if transfer.writes:
+                    transfer.file.write(block, offset)
+                else:
+                    transfer.file.read(block, offset)
+                moved = block.nbytes
+            except StorageError as caught:
+                error = caught
+            except Exception as caught:  # a thread that dies would leave everybody waiting
+                error = StorageError(f"A transfer of {transfer.file.path} failed: {caught!r}.")
+                error.__cause__ = caught
+        with self._lock:
+            if error is not None:
+                transfer.file.fail(error)
+            transfer.num_open_blocks -= 1
+            if transfer.num_open_blocks == 0:
+                self._hand_over(transfer)
+        return moved
+
+    def _end(self, transfer: FileTransfer) -> None:
+        self._active.remove(transfer)
+        transfer.file.end(transfer.writes)
+        transfer.error = transfer.file.failure
+        transfer.end()
+        for follower in transfer.followers:
+            follower.num_before -= 1
+            if follower.num_before == 0:
+                self._hand_over(follower)
+
+    def finish(self, file: DirectFile) -> None:
+        """Wait until no transfer of ``file`` is under way; how they ended does not matter any more."""
+        with self._lock:
+            under_way = [transfer for transfer in self._active if transfer.file is file]
+        for transfer in under_way:
+            try:
+                transfer.wait()
+            except StorageError:
+                continue
+
+    def check(self, file: DirectFile) -> None:
+        """StorageError where a transfer of ``file`` has failed, or where somebody else touched the file."""
+        with self._lock:
+            file.check()
 
     @property
     def traffic(self) -> Traffic:
         """What was moved so far."""
-        reads, writes = self._clocks
-        return Traffic(reads.num_bytes, writes.num_bytes, reads.seconds, writes.seconds)
+        bytes_read, read_seconds = self._reading.moved()
+        bytes_written, write_seconds = self._writing.moved()
+        return Traffic(bytes_read, bytes_written, read_seconds, write_seconds)
 
     def close(self) -> None:
         """Finish what was started, then end the threads. Twice is fine."""
-        self._closed = True
-        self._stop()
+        with self._lock:
+            self._closed = True
+            under_way = list(self._active)
+        for transfer in under_way:
+            self.finish(transfer.file)
+        _stop((self._reading, self._writing))
+        self._reading.join()
+        self._writing.join()
 
 
-def _close(lanes: tuple[_Lane, ...]) -> None:
+def _stop(lanes: tuple[Lane, ...]) -> None:
     for lane in lanes:
-        lane.close()
+        lane.stop()

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from shardwise.errors import StateError, StorageError
+from shardwise.errors import StateError
 from shardwise.store.base import Extent, Extents, Store, Traffic, Transfer
-from shardwise.store.direct_io import DirectIO, WatchedFile
+from shardwise.store.direct_file import DirectFile
+from shardwise.store.direct_io import DirectIO
 
 
 class SwapFile(Store):
     """Extents one after the other in one file, allocated whole before the run and removed by ``close``."""
 
-    def __init__(self, path: Path, io: DirectIO) -> None:
+    def __init__(self, path: Path, io: DirectIO, verify: bool = False) -> None:
+        """Name a file that does not exist yet.
+
+        Args:
+            path: Best from `RunDirectory.file`.
+            io: The threads, shared with other files; they must be closed after this.
+            verify: Compare a checksum of all that is read.
+        """
         self.path = path
         self._io = io
+        self._verify = verify
         self._extents = Extents()
-        self._target: WatchedFile | None = None
+        self._file: DirectFile | None = None
 
     def reserve(self, num_bytes: int) -> Extent:
         """Set bytes apart; StateError after ``allocate``."""
@@ -25,12 +33,12 @@ class SwapFile(Store):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all extents, each rounded up to whole pages."""
+        """Bytes of all extents, each rounded up to whole pages: the size of the file."""
         return self._extents.num_bytes
 
     @property
     def host_bytes(self) -> int:
-        """None to speak of."""
+        """None to speak of: buffers are the caller's."""
         return 0
 
     def allocate(self) -> None:
@@ -39,7 +47,12 @@ class SwapFile(Store):
         Ranks that share a filesystem each see the same free bytes: compare their sum with `free_bytes` before.
         """
         self._extents.closed = True
-        self._target = self._io.create(self.path, self._extents.num_bytes)
+        self._file = self._io.create(self.path, self._extents.num_bytes, self._verify)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the page cache is left alone; False where the filesystem wants it so."""
+        return self._open().is_direct
 
     def start_read(self, extent: Extent, begin: int, memory: memoryview) -> Transfer:
         """Fill ``memory`` from byte ``begin`` of the extent on."""
@@ -49,23 +62,17 @@ class SwapFile(Store):
         """Keep ``memory`` at byte ``begin`` of the extent and after it."""
         return self._io.start_write(self._open(), extent.at(begin, memory.nbytes), memory)
 
-    def _open(self) -> WatchedFile:
-        if self._target is None:
+    def _open(self) -> DirectFile:
+        if self._file is None:
             raise StateError(f"{self.path} was used before it was allocated, or after it was closed.")
-        return self._target
+        return self._file
 
     def check(self) -> None:
-        """StorageError where a transfer has failed, or where somebody else touched the file."""
-        target = self._open()
-        if target.failure is not None:
-            raise target.failure
-        try:
-            there = os.stat(self.path)
-        except OSError as error:
-            raise StorageError(f"{self.path} is gone: {error.strerror}.") from error
-        own = os.fstat(target.file.fd)
-        if (there.st_ino, there.st_dev) != (own.st_ino, own.st_dev):
-            raise StorageError(f"{self.path} was replaced by another file.")
+        """StorageError where a transfer has failed, or where the file was truncated, replaced, removed or written to.
+
+        Cheap: two system calls. Every transfer that finds no write under way compares as well.
+        """
+        self._io.check(self._open())
 
     @property
     def traffic(self) -> Traffic:
@@ -74,12 +81,7 @@ class SwapFile(Store):
 
     def close(self) -> None:
         """Wait for transfers under way, then remove the file. Twice is fine."""
-        if self._target is None:
-            return
-        for transfer in list(self._target.active):
-            try:
-                transfer.wait()
-            except StorageError:
-                continue  # whoever needed it has been told, and nobody needs it any more
-        self._target.file.remove()
-        self._target = None
+        if self._file is not None:
+            self._io.finish(self._file)
+            self._file.remove()
+            self._file = None
