@@ -35,6 +35,12 @@ class Home:
         self._log = log
         self.ready = False
 
+    def fetch(self) -> bool:
+        raise AssertionError("nothing rests off the device")
+
+    def forget_fetched(self) -> None:
+        pass
+
     def unshard(self, identity: Any) -> None:
         self._log.append(f"gather {self._name}")
 
@@ -49,8 +55,8 @@ class Home:
     def publish(self, identity: Any) -> Any:
         raise AssertionError("the schedule does not publish")
 
-    def resting_tensors(self) -> list[torch.Tensor]:
-        return [self.full]
+    def resting_bytes(self) -> tuple[int, int]:
+        return 0, 0
 
 
 class House:

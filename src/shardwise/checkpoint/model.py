@@ -25,6 +25,7 @@ from shardwise.errors import CheckpointError
 from shardwise.layout import Span
 from shardwise.precision import LossScaler, master_dtype
 from shardwise.zero.gradients import SoFar
+from shardwise.zero.rest import InMemory, Rest
 from shardwise.zero.step import Step
 from shardwise.zero.unit import Segment, Unit
 
@@ -66,7 +67,7 @@ class Slice(NamedTuple):
 
     name: str
     within_parameter: Span
-    values: torch.Tensor  # [part] a view
+    values: Rest  # [part]
 
 
 class IncompatibleKeys(NamedTuple):
@@ -82,7 +83,7 @@ def slices_of(segment: Segment, span: Span) -> Iterator[Slice]:
     for piece in segment.layout.pieces(span):
         part = piece.within_buffer.shift(-home.master_span.begin)
         name = segment.names[piece.slot]
-        yield Slice(name, piece.within_parameter, home.resting[part.begin : part.end])
+        yield Slice(name, piece.within_parameter, home.resting.part(part))
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ class Part:
 
     def _states(self, found: dict[str, dict[str, Any]]) -> None:
         """Runs cut finer than shards: what they hold of a piece is joined."""
-        parts: dict[tuple[str, str], list[torch.Tensor]] = {}
+        parts: dict[tuple[str, str], list[Rest]] = {}
         begins: dict[str, int] = {}
         for piece in self._trained.step.states() if self._trained.step is not None else ():
             if piece.name not in begins:
@@ -164,23 +165,22 @@ class Part:
                     shard = segment.layout.shard(rank)
                     for piece in segment.layout.pieces(shard):
                         part = piece.within_buffer.shift(-shard.begin)
-                        values = so_far.reduced[part.begin : part.end]
+                        values = so_far.reduced.part(part)
                         self._add_gradient(found, REDUCED, segment.names[piece.slot], values, piece.within_parameter)
                 for slot, whole in so_far.unreduced.items():
-                    self._add_gradient(found, UNREDUCED, segment.names[slot], whole.reshape(-1), Span(0, whole.numel()))
+                    rest = InMemory(whole.reshape(-1))
+                    self._add_gradient(found, UNREDUCED, segment.names[slot], rest, Span(0, whole.numel()))
         if self._trained.step is not None:
             for name, whole in self._trained.step.local_gradients().items():
-                self._add_gradient(found, REDUCED, name, whole.reshape(-1), Span(0, whole.numel()))
+                self._add_gradient(found, REDUCED, name, InMemory(whole.reshape(-1)), Span(0, whole.numel()))
 
-    def _add_gradient(
-        self, found: dict[str, dict[str, Any]], kind: str, name: str, values: torch.Tensor, span: Span
-    ) -> None:
+    def _add_gradient(self, found: dict[str, dict[str, Any]], kind: str, name: str, values: Rest, span: Span) -> None:
         said = found[name].setdefault("gradient", {})
         said["reduced" if kind == REDUCED else "unreduced"] = DTYPE_NAMES[values.dtype]
         self._add(kind, name, span.begin, [values])
 
-    def _add(self, kind: str, name: str, begin: int, parts: list[torch.Tensor]) -> None:
-        numel = sum(part.numel() for part in parts)
+    def _add(self, kind: str, name: str, begin: int, parts: list[Rest]) -> None:
+        numel = sum(part.numel for part in parts)
         self.entries.append(Entry(key_of(self._index, kind, name, begin), parts[0].dtype, (numel,), tuple(parts)))
 
     def _buffers(self) -> dict[str, str]:
@@ -557,7 +557,7 @@ class Loading:
                     unreduced[slot] = whole.to(owned.device).view(segment.layout.slots[slot].shape)
         if reduced is None and any(saved.has_reduced_gradient(name, not same_world) for name in segment.names):
             reduced = owned.new_zeros(shard.numel)  # a rank without any of them takes part in what the others do
-        return SoFar(reduced, unreduced)
+        return SoFar(None if reduced is None else InMemory(reduced), unreduced)
 
     @torch.no_grad()
     def install(self, step: int) -> None:
@@ -567,8 +567,13 @@ class Loading:
         if trained.step is not None:
             trained.step.clear_gradients()
         for segment in self._segments():
-            for name, span, values in self._wanted(segment):
-                self._saved.read_weight(name, span, values)
+            for name, span, rest in self._wanted(segment):
+                if isinstance(rest, InMemory):
+                    self._saved.read_weight(name, span, rest.tensor)
+                else:
+                    values = torch.empty(span.numel, dtype=rest.dtype)
+                    self._saved.read_weight(name, span, values)
+                    rest.save(values)
         for name, value in self._buffers.items():
             trained.references[name].copy_(value)
         for change in self._installs:

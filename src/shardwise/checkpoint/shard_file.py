@@ -20,6 +20,7 @@ import torch
 
 from shardwise.checkpoint.tree import DTYPE_NAMES, DTYPES
 from shardwise.errors import CheckpointError
+from shardwise.zero.rest import InMemory, Rest
 
 BLOCK_BYTES = 1 << 24
 """Bytes that one checksum covers: what is written in one go, and what is read at least."""
@@ -34,25 +35,25 @@ class Entry:
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: tuple[torch.Tensor, ...]
+    parts: tuple[Rest, ...]
 
     @classmethod
     def of(cls, key: str, tensor: torch.Tensor) -> Entry:
         """One whole tensor."""
-        return cls(key, tensor.dtype, tuple(tensor.shape), (tensor,))
+        return cls(key, tensor.dtype, tuple(tensor.shape), (InMemory(tensor.detach().reshape(-1)),))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return sum(part.nbytes for part in self.parts)
+        return sum(part.numel * part.dtype.itemsize for part in self.parts)
 
     def on_host(self) -> Entry:
         """The same, copied to host memory: training may go on and change the original."""
         return Entry(self.key, self.dtype, self.shape, tuple(_host_copy(part) for part in self.parts))
 
 
-def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def _host_copy(part: Rest) -> InMemory:
+    return InMemory(part.load().detach().to("cpu", copy=True).contiguous())
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def write_shard_file(path: Path, entries: Sequence[Entry]) -> FileRecord:
         writer.write(memoryview(header))
         for entry in ordered:
             for part in entry.parts:
-                for data in _bytes_of(part):
+                for data in _bytes_of(part.load()):
                     writer.write(data)
         writer.flush()
         os.fsync(descriptor)

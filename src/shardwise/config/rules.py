@@ -12,6 +12,8 @@ def broken_rules(config: EngineConfig) -> Iterator[Fault]:
     yield from _autocast_or_compute_dtype(config)
     yield from _room_for_the_loss_scale(config)
     yield from _one_division(config)
+    yield from _something_to_offload(config)
+    yield from _a_path_for_files(config)
 
 
 def _one_compute_dtype(config: EngineConfig) -> Iterator[Fault]:
@@ -49,3 +51,29 @@ def _one_division(config: EngineConfig) -> Iterator[Fault]:
             ("prescale_gradients",),
             'found true, and gradient_allreduce_op is "sum", which divides nothing. Drop one of the two.',
         )
+
+
+def _something_to_offload(config: EngineConfig) -> Iterator[Fault]:
+    zero = config.zero_optimization
+    if zero.offload_param.device in ("cpu", "nvme") and zero.stage != 3:
+        yield Fault(
+            ("zero_optimization", "offload_param", "device"),
+            f'found "{zero.offload_param.device}" at stage {zero.stage}, which keeps parameters whole on every rank. '
+            "Set stage to 3, or the device to none.",
+        )
+    if zero.offload_optimizer.device in ("cpu", "nvme") and zero.stage == 0:
+        yield Fault(
+            ("zero_optimization", "offload_optimizer", "device"),
+            f'found "{zero.offload_optimizer.device}" at stage 0, which keeps optimizer state whole on every rank. '
+            "Set stage to 1, 2 or 3, or the device to none.",
+        )
+
+
+def _a_path_for_files(config: EngineConfig) -> Iterator[Fault]:
+    zero = config.zero_optimization
+    for name, block in (("offload_param", zero.offload_param), ("offload_optimizer", zero.offload_optimizer)):
+        if block.device == "nvme" and not block.nvme_path:
+            yield Fault(
+                ("zero_optimization", name, "nvme_path"),
+                'found nothing, and the device is "nvme". Expected a directory on a local disk.',
+            )

@@ -103,15 +103,24 @@ class ActivationCheckpointingConfig(Block):
 
 
 class AioConfig(Block):
-    """Asynchronous reads and writes of NVMe."""
+    """How files of offloaded states are read and written; `shardwise bench-storage` measures what a disk likes."""
 
-    block_size: Annotated[PositiveCount, _NO_NVME] = 1_048_576  # bytes
-    queue_depth: Annotated[PositiveCount, _NO_NVME] = 8
-    intra_op_parallelism: Annotated[PositiveCount, _NO_NVME] = 1
-    thread_count: Annotated[PositiveCount, _NO_NVME] = 1
-    single_submit: Annotated[bool, _NO_NVME] = False
-    overlap_events: Annotated[bool, _NO_NVME] = True
-    use_gds: Annotated[bool, _NO_NVME] = False
+    block_size: Annotated[PositiveCount, Acts("bytes that one system call moves, in whole pages")] = 1_048_576
+    queue_depth: Annotated[
+        PositiveCount,
+        Acts("blocks under way in each direction, times intra_op_parallelism", cost="a thread each, up to 64"),
+    ] = 8
+    intra_op_parallelism: Annotated[PositiveCount, Acts("multiplies queue_depth")] = 1
+    thread_count: Annotated[
+        PositiveCount, Acts("the documented name of intra_op_parallelism; the larger one counts")
+    ] = 1
+    single_submit: Annotated[bool, Acts("one block of a transfer at a time: gentle to a disk that others use too")] = (
+        False
+    )
+    overlap_events: Annotated[
+        bool, Acts("false: a transfer's next blocks start when all of its earlier ones have ended")
+    ] = True
+    use_gds: Annotated[bool, NoEffect("bytes pass through host memory, whose slabs are pinned")] = False
 
 
 class CheckpointConfig(Block):

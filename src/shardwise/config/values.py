@@ -47,6 +47,7 @@ SignedCount = Annotated[int, Field(ge=-1, le=LARGEST_COUNT), BeforeValidator(_wh
 ScalePower = Annotated[int, Field(ge=0, le=127), BeforeValidator(_whole)]  # 2^127 is the last power that fp32 holds
 Stage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole_stage)]
 Interval = Annotated[PositiveCount | None, BeforeValidator(_endless_is_never)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]

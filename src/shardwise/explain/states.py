@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from shardwise.config.schema import EngineConfig
 from shardwise.errors import ConfigError
 from shardwise.layout import Slot, even_layout
+from shardwise.zero.offload import ON_THE_DEVICE
 from shardwise.zero.sharding import STAGES, StateBytes, state_bytes
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -76,7 +77,16 @@ def _at_every_stage(
         stepped = layout.shard(0) if sharding.optimizer else layout.whole
         yield (
             stage,
-            state_bytes(layout, 0, sharding, compute_itemsize, _MASTER_ITEMSIZE, trainable=True, has_gradients=True)
+            state_bytes(
+                layout,
+                0,
+                sharding,
+                compute_itemsize,
+                _MASTER_ITEMSIZE,
+                trainable=True,
+                has_gradients=True,
+                places=ON_THE_DEVICE,
+            )
             + StateBytes(0, 0, num_tensors * _MASTER_ITEMSIZE * stepped.numel),
         )
 

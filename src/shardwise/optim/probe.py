@@ -34,6 +34,8 @@ class OptimizerTraits:
     """Flat slices, cut anywhere, give the bits of whole parameters."""
     streamable: bool
     """Several ``step`` calls, each over a part of the parameters, give the bits of one call over all."""
+    states: tuple[tuple[str, torch.dtype], ...] = ()
+    """What it keeps for each element of a parameter, and in which dtype if the parameter is fp32: ``exp_avg``."""
 
 
 def probe_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
@@ -45,7 +47,8 @@ def probe_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
         ConfigError: it cannot be stepped on other tensors than its own (it needs a closure, or keeps them elsewhere).
     """
     traits = [_probe_group(optimizer, group) for group in _distinct_groups(optimizer)]
-    return OptimizerTraits(all(t.elementwise for t in traits), all(t.streamable for t in traits))
+    states = dict(state for t in traits for state in t.states)
+    return OptimizerTraits(all(t.elementwise for t in traits), all(t.streamable for t in traits), tuple(states.items()))
 
 
 def _distinct_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -62,7 +65,7 @@ def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Opt
     only_matrices = all(parameter.dim() >= 2 for parameter in group["params"])
     whole = [_tensor(index, shape) for index, shape in enumerate(_MATRICES if only_matrices else _MIXED)]
     try:
-        reference = _run(optimizer, group, whole, [[0, 1, 2]])
+        reference, states = _run_and_look(optimizer, group, whole, [[0, 1, 2]])
     except Exception as error:
         raise _cannot_move(optimizer, f"stepping a copy of it raised {type(error).__name__}: {error}") from error
     if all(torch.equal(before, after) for before, after in zip(whole, reference, strict=True)):
@@ -74,7 +77,7 @@ def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Opt
     elementwise = sliced is not None and torch.equal(
         torch.cat(sliced), torch.cat([tensor.reshape(-1) for tensor in reference])
     )
-    return OptimizerTraits(elementwise, streamable)
+    return OptimizerTraits(elementwise, streamable, states)
 
 
 def _clone_over(
@@ -117,7 +120,20 @@ def _run(
     values: Sequence[torch.Tensor],
     calls: Sequence[Sequence[int]],
 ) -> list[torch.Tensor]:
-    """Step copies of ``values``; each step makes one optimizer call per list of indices in ``calls``."""
+    return _run_and_look(optimizer, group, values, calls)[0]
+
+
+def _run_and_look(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    values: Sequence[torch.Tensor],
+    calls: Sequence[Sequence[int]],
+) -> tuple[list[torch.Tensor], tuple[tuple[str, torch.dtype], ...]]:
+    """Step copies of ``values``; each step makes one optimizer call per list of indices in ``calls``.
+
+    Returns:
+        The stepped values, and the kinds of state with a number for each element.
+    """
     parameters = [torch.nn.Parameter(value.clone()) for value in values]
     clone, cloned = _clone_over(optimizer, group, parameters)
     for step in range(_STEPS):
@@ -127,7 +143,13 @@ def _run(
         for call in calls:
             cloned["params"] = [parameters[index] for index in call]
             clone.step()
-    return [parameter.detach() for parameter in parameters]
+    states = {
+        key: value.dtype
+        for parameter in parameters
+        for key, value in clone.state.get(parameter, {}).items()
+        if key != "step" and isinstance(value, torch.Tensor) and value.shape == parameter.shape
+    }
+    return [parameter.detach() for parameter in parameters], tuple(states.items())
 
 
 def _try(

@@ -81,10 +81,15 @@ def _digest(items: Sequence[object]) -> bytes:
     return hashlib.blake2b("\n".join(map(str, items)).encode(), digest_size=8).digest()
 
 
+def sum_of_squares(norms: Sequence[float]) -> float:
+    """Rounded once, so that it does not depend on their order."""
+    return math.fsum(norm * norm for norm in norms)
+
+
 def _sum_of_squares(units: Sequence[Unit]) -> float:
     """Over this rank's shards, buffer by buffer: the same sums whatever the stage, for shards do not depend on it."""
-    norms = [gradients.norm() for unit in units for _, gradients in unit.trainable]
-    return float(torch.stack(norms).double().square().sum()) if norms else 0.0
+    norms = [gradients.norms() for unit in units for _, gradients in unit.trainable]
+    return sum_of_squares(torch.cat(norms).tolist()) if norms else 0.0
 
 
 def _raise_first_difference(comm: Communicator, step: int) -> None:

@@ -20,6 +20,8 @@ from shardwise.layout import NO_GROUP, Layout, Slot, even_layout, whole_paramete
 from shardwise.mesh import Mesh
 from shardwise.optim.probe import OptimizerTraits, probe_optimizer
 from shardwise.precision import DynamicLossScaler, LossScaler, Precision, StaticLossScaler, master_dtype
+from shardwise.zero.offload import Offload, Place, Places
+from shardwise.zero.offloading import Buffer, Offloading
 from shardwise.zero.optimizer import describe
 from shardwise.zero.sharding import STAGES, Sharding
 from shardwise.zero.unit import Segment, Unit, build_segment, with_gradients
@@ -65,12 +67,20 @@ def choose_loss_scaler(config: EngineConfig) -> LossScaler:
     )
 
 
-def connect(mesh: Mesh, config: EngineConfig) -> Communicator:
+def connect(mesh: Mesh, config: EngineConfig, offload: Offload) -> Communicator:
     """The transport that the configuration asks for. Collective."""
     zero = config.zero_optimization
+    transport = config.shardwise.transport
+    if offload.parameter is not Place.DEVICE:
+        if transport == "shared_memory":
+            raise ConfigError(
+                "transport 'shared_memory' reads the other ranks' shards in their memory, and offload_param keeps them "
+                "elsewhere. Use transport 'process_group' or 'auto'."
+            )
+        transport = "process_group"
     comm = build_communicator(
         mesh,
-        config.shardwise.transport,
+        transport,
         config.shardwise.reduction,
         reduce_scatter=zero.reduce_scatter,
         allgather_partitions=zero.allgather_partitions,
@@ -108,16 +118,21 @@ def configuration_text(config: EngineConfig, indent: int | None = None) -> str:
     return config.model_dump_json(indent=indent, exclude={"comet": {"api_key"}})
 
 
-def is_local(buffers: Iterable[Blueprint | Segment], world: int) -> bool:
+def is_local(buffers: Iterable[Blueprint | Segment], world: int, offload: Offload) -> bool:
     """Whether nothing travels and every trainable parameter is its own master: torch alone can step it."""
-    return world == 1 and all(master_dtype(b.dtype) == b.dtype for b in buffers if b.trainable)
+    if world > 1 or offload.is_any:
+        return False
+    return all(master_dtype(b.dtype) == b.dtype for b in buffers if b.trainable)
 
 
 def measure_optimizer(
-    optimizer: torch.optim.Optimizer | None, buffers: Sequence[Blueprint | Segment], world: int
+    optimizer: torch.optim.Optimizer | None,
+    buffers: Sequence[Blueprint | Segment],
+    world: int,
+    offload: Offload,
 ) -> OptimizerTraits:
     """What the optimizer allows; refuses one that needs whole matrices where parameters are sharded."""
-    if optimizer is None or is_local(buffers, world):
+    if optimizer is None or is_local(buffers, world, offload):
         return OptimizerTraits(elementwise=True, streamable=True)
     traits = probe_optimizer(optimizer)
     if not traits.elementwise and any(buffer.sharding.parameter for buffer in buffers):
@@ -154,6 +169,7 @@ def plan_blueprints(
     precision: Precision,
     config: EngineConfig,
     world: int,
+    offload: Offload,
 ) -> list[tuple[UnitPlan, list[Blueprint]]]:
     """Cut the model into units and each unit into flat buffers."""
     zero = config.zero_optimization
@@ -165,8 +181,9 @@ def plan_blueprints(
         leaf_names=leaf.names,
         leaf_name_suffixes=leaf.name_suffixes,
     )
-    # An axis of one rank shards nothing: the row of plain data parallelism.
-    row = STAGES[zero.stage] if world > 1 else STAGES[0]
+    # An axis of one rank shards nothing: the row of plain data parallelism. What rests off the device does so in
+    # shards, also of one.
+    row = STAGES[zero.stage] if world > 1 or offload.is_any else STAGES[0]
     persistent_row = Sharding(row.optimizer, row.gradient, parameter=False)
     threshold = zero.stage3_param_persistence_threshold or 0
     planned = []
@@ -228,26 +245,49 @@ def check_same_model(
                 )
 
 
+def plan_layouts(
+    planned: Sequence[tuple[UnitPlan, list[Blueprint]]], traits: OptimizerTraits, world: int
+) -> list[Layout]:
+    """The layout of each blueprint, in order."""
+    loads = [0] * world
+    layouts: list[Layout] = []
+    for blueprint in (blueprint for _, blueprints in planned for blueprint in blueprints):
+        owned_whole = not traits.elementwise and any(slot.group != NO_GROUP for slot in blueprint.slots)
+        layouts.append(
+            whole_parameter_layout(blueprint.slots, loads) if owned_whole else even_layout(blueprint.slots, world)
+        )
+    return layouts
+
+
+def plan_places(
+    offloading: Offloading, planned: Sequence[tuple[UnitPlan, list[Blueprint]]], layouts: Sequence[Layout]
+) -> list[Places]:
+    """Where the states of each blueprint will rest; room for them is reserved. Collective."""
+    blueprints = [blueprint for _, blueprints in planned for blueprint in blueprints]
+    return offloading.plan(
+        [
+            Buffer(layout, blueprint.dtype, blueprint.trainable, blueprint.sharding)
+            for blueprint, layout in zip(blueprints, layouts, strict=True)
+        ]
+    )
+
+
 def build_units(
     comm: Communicator,
     planned: Sequence[tuple[UnitPlan, list[Blueprint]]],
-    traits: OptimizerTraits,
+    layouts: Sequence[Layout],
+    places: Sequence[Places],
     precision: Precision,
 ) -> list[Unit]:
     """Allocate the flat buffers of parameters and make the model's parameters views into them; the root comes first."""
-    loads = [0] * comm.size
+    chosen = iter(zip(layouts, places, strict=True))
     units = []
     for index, (plan, blueprints) in enumerate(planned):
         segments = []
         for blueprint in blueprints:
-            owned_whole = not traits.elementwise and any(slot.group != NO_GROUP for slot in blueprint.slots)
-            layout: Layout = (
-                whole_parameter_layout(blueprint.slots, loads)
-                if owned_whole
-                else even_layout(blueprint.slots, comm.size)
-            )
+            layout, place = next(chosen)
             parameters = [blueprint.parameters[slot.name] for slot in layout.slots]
-            segments.append(build_segment(comm, layout, parameters, blueprint.sharding, precision))
+            segments.append(build_segment(comm, layout, parameters, blueprint.sharding, precision, place))
         units.append(Unit(plan.name, index, plan.module, segments))
     return units
 

@@ -43,10 +43,12 @@ from shardwise.zero.loose import average_loose_gradients
 from shardwise.zero.loss_scale import ScaleBoundary
 from shardwise.zero.memory import MemoryReport, report_memory
 from shardwise.zero.module_hook import ModuleHook
+from shardwise.zero.offloading import Offloading
 from shardwise.zero.optimizer import CPU_RUN_NUMEL, ShardedOptimizer
 from shardwise.zero.reducer import Reducer
 from shardwise.zero.schedule import Budgets, Schedule
 from shardwise.zero.step import LocalStep, ShardedStep, Step
+from shardwise.zero.streamed_optimizer import StreamedOptimizer
 from shardwise.zero.unit import Unit
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Engine(nn.Module):
         module: nn.Module,
         units: list[Unit],
         comm: Communicator,
+        offloading: Offloading,
         batch_sizes: BatchSizes,
         precision: Precision,
         loss_scaler: LossScaler,
@@ -82,6 +85,7 @@ class Engine(nn.Module):
         self._optimizer: torch.optim.Optimizer | None = None
         self._step: Step | None = None
         self._comm = comm
+        self._offloading = offloading
         self._batch_sizes = batch_sizes
         self._precision = precision
         self._scaler = loss_scaler
@@ -93,7 +97,7 @@ class Engine(nn.Module):
             else module.__call__
         )
         self._casts_inputs = precision.compute is not None and config.fp16.auto_cast is not False
-        self._schedule = Schedule(units, units[0], budgets, prefetches=comm.overlaps)
+        self._schedule = Schedule(units, units[0], budgets, prefetches=comm.overlaps or offloading.overlaps)
         self._watch_units()
         self._state_dict_guard = self._guard_state_dict()
         self._owners: dict[torch.Tensor, tuple[Unit, int, int]] = {
@@ -152,7 +156,7 @@ class Engine(nn.Module):
             )
         groups = optimizer_groups(self.module, optimizer)
         self._optimizer = optimizer
-        if is_local(self._segments, self._comm.size):
+        if is_local(self._segments, self._comm.size, self._offloading.wanted):
             names = {self._name_of(parameter): parameter for parameter in self.module.parameters()}
             self._step = LocalStep(optimizer, names, self._scaler)
         else:
@@ -163,7 +167,12 @@ class Engine(nn.Module):
         self, optimizer: torch.optim.Optimizer, groups: dict[nn.Parameter, int], traits: OptimizerTraits | None
     ) -> ShardedStep:
         if traits is None:
-            traits = measure_optimizer(optimizer, self._segments, self._comm.size)
+            if self._offloading.wanted.is_any:
+                raise ConfigError(
+                    "the engine was built without an optimizer, and states that are offloaded get their places then. "
+                    "Pass the optimizer to initialize(), or prepare model and optimizer in one call."
+                )
+            traits = measure_optimizer(optimizer, self._segments, self._comm.size, self._offloading.wanted)
             if not traits.elementwise:
                 raise ConfigError(
                     f"{type(optimizer).__name__} needs whole matrices, but the engine's buffers are cut anywhere "
@@ -171,13 +180,13 @@ class Engine(nn.Module):
                 )
         zero = self._config.zero_optimization
         equip_with_gradients(self._comm, self._units, groups, self._precision, zero.contiguous_gradients)
-        on_cpu = self.device.type == "cpu"
-        sharded = ShardedOptimizer(
-            optimizer,
-            traits,
-            self._units,
-            max_run_numel=min(zero.sub_group_size, CPU_RUN_NUMEL) if on_cpu else zero.sub_group_size,
-            unit_by_unit=self._comm.overlaps,
+        streams = any(segment.states is not None for segment in self._segments)
+        on_cpu = self.device.type == "cpu" or streams
+        max_run_numel = min(zero.sub_group_size, CPU_RUN_NUMEL) if on_cpu else zero.sub_group_size
+        sharded = (
+            StreamedOptimizer(optimizer, traits, self._units, max_run_numel, depth=self._offloading.depth)
+            if streams
+            else ShardedOptimizer(optimizer, traits, self._units, max_run_numel, unit_by_unit=self._comm.overlaps)
         )
         self._hooks.remove()
         self._watch_units()
@@ -311,6 +320,7 @@ class Engine(nn.Module):
         max_norm, self._max_norm_once = self._max_norm(), 0.0
         # A forward whose loss was never differentiated leaves the root whole.
         self._schedule.reshard_all()
+        self._offloading.check()
         outcome = self._step.take(self.global_steps, max_norm)
         self._grad_norm = outcome.grad_norm
         self._step_was_applied = outcome.applied
@@ -418,7 +428,7 @@ class Engine(nn.Module):
 
     def memory_report(self) -> MemoryReport:
         """Bytes that this rank holds now."""
-        return report_memory(self._comm, self._units, self._step)
+        return report_memory(self._comm, self._units, self._step, self._offloading)
 
     def comms_summary(self) -> CommsSummary:
         """This rank's collectives so far, by axis, operation and size.
@@ -729,6 +739,7 @@ class Engine(nn.Module):
         self._state_dict_guard.remove()
         if self._step is not None:
             self._step.close()
+        self._offloading.close()
         self._comm.close()
 
     destroy = close

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from shardwise import torch_compat
 from shardwise.comm.base import CollectiveId, Communicator, Pending
 from shardwise.layout import Layout, Span
 from shardwise.zero.parameters import slot_views
@@ -43,14 +44,22 @@ class GradientHome(Protocol):
     def has_unreduced(self) -> bool:
         """Whether a gradient came since the last reduction."""
 
-    def norm(self) -> torch.Tensor:
-        """[] the norm of this rank's shard of the reduced gradient."""
+    def norms(self) -> torch.Tensor:
+        """[k] norms of the parts of this rank's shard of the reduced gradient, see ``norms_of``."""
 
     def clamp(self, bound: float) -> None:
         """Limit every element of the shard to ±``bound``."""
 
     def multiply(self, factor: float) -> None:
         """Multiply what the optimizer sees."""
+
+    def fill(self, place: Span, window: torch.Tensor) -> None:
+        """Make ``window`` [place] in host memory what the optimizer is to see there, where it works on such memory.
+
+        Args:
+            place: elements of the optimizer's span, counted from its begin.
+            window: what the store held of them.
+        """
 
     def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
         """Take the gradient of slot ``index``. ``keep``: it will not be reduced in this backward pass."""
@@ -115,6 +124,17 @@ class _Slots:
             self.any_written = False
 
 
+def norms_of(owned: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """[1] the norm of a shard; of the only one of a world [number of slots] those of its parameters.
+
+    ``torch.nn.utils.clip_grad_norm_`` works by parameter, and so does a rank alone, offloaded or not.
+    """
+    if layout.world > 1:
+        norm: torch.Tensor = torch.linalg.vector_norm(owned)
+        return norm[None]
+    return torch.stack(torch_compat.norms(slot_views(owned, layout)))
+
+
 class _InMemory:
     """What homes whose reduced gradient stays in memory have in common."""
 
@@ -122,10 +142,11 @@ class _InMemory:
     """[this rank's shard] the reduced gradient, in the master's dtype."""
     for_optimizer: torch.Tensor
 
-    def norm(self) -> torch.Tensor:
-        """One number over the whole shard: its bits do not depend on how the optimizer cuts it."""
-        norm: torch.Tensor = torch.linalg.vector_norm(self.owned)
-        return norm
+    layout: Layout
+
+    def norms(self) -> torch.Tensor:
+        """Of the shard at once: the bits do not depend on how the optimizer cuts it."""
+        return norms_of(self.owned, self.layout)
 
     def clamp(self, bound: float) -> None:
         """In place."""
@@ -134,6 +155,10 @@ class _InMemory:
     def multiply(self, factor: float) -> None:
         """In place."""
         self.for_optimizer.mul_(factor)
+
+    def fill(self, place: Span, window: torch.Tensor) -> None:
+        """From the device."""
+        window.copy_(self.for_optimizer[place.begin : place.end])
 
 
 class Then:

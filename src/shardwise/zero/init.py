@@ -37,11 +37,15 @@ from shardwise.zero.assembly import (
     measure_optimizer,
     optimizer_groups,
     plan_blueprints,
+    plan_layouts,
+    plan_places,
 )
 from shardwise.zero.dump import describe_state
 from shardwise.zero.engine import Engine
 from shardwise.zero.engine_optimizer import EngineOptimizer
 from shardwise.zero.observed import ObservedEngine, build_observers, engine_class
+from shardwise.zero.offload import choose_offload
+from shardwise.zero.offloading import Offloading
 from shardwise.zero.optimizer import describe
 from shardwise.zero.schedule import Budgets
 from shardwise.zero.unit import Unit
@@ -111,14 +115,18 @@ def initialize(
     built = _build_optimizer(model, optimizer, model_parameters, settings)
     groups = optimizer_groups(model, built)
     precision = choose_precision(settings)
-    planned = plan_blueprints(model, groups, precision, settings, mesh.dp_shard.size)
+    zero = settings.zero_optimization
+    offload = choose_offload(zero.offload_param.device, zero.offload_optimizer.device, mesh.device.type)
+    planned = plan_blueprints(model, groups, precision, settings, mesh.dp_shard.size, offload)
     buffers = [blueprint for _, blueprints in planned for blueprint in blueprints]
-    traits = measure_optimizer(built, buffers, mesh.dp_shard.size)
+    traits = measure_optimizer(built, buffers, mesh.dp_shard.size, offload)
 
-    comm = connect(mesh, settings)
+    comm = connect(mesh, settings, offload)
+    offloading = Offloading(comm, settings, offload, None if built is None else traits)
     try:
-        engine, returned = _assemble(model, comm, planned, built, traits, batch_sizes, precision, settings)
+        engine, returned = _assemble(model, comm, offloading, planned, built, traits, batch_sizes, precision, settings)
     except BaseException:
+        offloading.close()
         comm.close()
         raise
     if returned is not None:
@@ -136,6 +144,7 @@ def initialize(
 def _assemble(
     model: nn.Module,
     comm: Communicator,
+    offloading: Offloading,
     planned: Sequence[tuple[UnitPlan, list[Blueprint]]],
     optimizer: torch.optim.Optimizer | None,
     traits: OptimizerTraits,
@@ -145,12 +154,17 @@ def _assemble(
 ) -> tuple[Engine, EngineOptimizer | None]:
     """Check that ranks agree, allocate, and put the engine together."""
     check_same_model(comm, planned, [f"configuration {configuration_text(settings)}", *describe_optimizer(optimizer)])
-    units = build_units(comm, planned, traits, precision)
+    layouts = plan_layouts(planned, traits, comm.size)
+    places = plan_places(offloading, planned, layouts)
+    offloading.open()
+    units = build_units(comm, planned, layouts, places, precision)
     _move_buffers(model, comm.device, precision.compute)
     zero = settings.zero_optimization
     budgets = Budgets(zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
     build = engine_class(settings, comm.rank)
-    engine = build(model, units, comm, batch_sizes, precision, choose_loss_scaler(settings), budgets, settings)
+    engine = build(
+        model, units, comm, offloading, batch_sizes, precision, choose_loss_scaler(settings), budgets, settings
+    )
     returned = None if optimizer is None else engine.attach_optimizer(optimizer, traits)
     if comm.rank == 0:
         _start_telling(engine, units, settings)

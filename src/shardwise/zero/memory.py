@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shardwise.comm.base import Communicator
 from shardwise.precision import master_dtype
+from shardwise.zero.offloading import Offloading
 from shardwise.zero.sharding import StateBytes, state_bytes, sum_bytes
 from shardwise.zero.step import Step
 from shardwise.zero.unit import Unit
@@ -24,6 +25,10 @@ class MemoryReport:
     """The optimizer's own state, and masters that are apart from the parameters."""
     buffers_bytes: int
     """Whole parameters and gradient buffers that are live now, and gradient buffers kept for the next pass."""
+    host_bytes: int
+    """Host memory of states off the device, and of what they pass through."""
+    nvme_bytes: int
+    """Bytes of this rank's files."""
     predicted_bytes: int
     """Model states at rest by the formula of ``state_bytes``; equals ``states_bytes``."""
     num_parameters: int
@@ -36,8 +41,8 @@ class MemoryReport:
 
     @property
     def total_bytes(self) -> int:
-        """Model states and buffers."""
-        return self.states_bytes + self.buffers_bytes
+        """Model states and buffers, files apart."""
+        return self.states_bytes + self.buffers_bytes + self.host_bytes
 
     def __str__(self) -> str:
         rows = [
@@ -47,13 +52,15 @@ class MemoryReport:
             ("model states", self.states_bytes),
             ("  by formula", self.predicted_bytes),
             ("buffers", self.buffers_bytes),
+            *([("host memory", self.host_bytes)] if self.host_bytes else []),
             ("total", self.total_bytes),
+            *([("files", self.nvme_bytes)] if self.nvme_bytes else []),
         ]
         per_parameter = max(1, self.num_parameters)
         return "\n".join(f"{name:<14}{size:>16,d} B {size / per_parameter:>8.2f} B/parameter" for name, size in rows)
 
 
-def report_memory(comm: Communicator, units: Sequence[Unit], step: Step | None) -> MemoryReport:
+def report_memory(comm: Communicator, units: Sequence[Unit], step: Step | None, offloading: Offloading) -> MemoryReport:
     """Count what is allocated, and compute what should be."""
     segments = [segment for unit in units for segment in unit.segments]
     counted = [segment.resting_bytes() for segment in segments]
@@ -66,6 +73,7 @@ def report_memory(comm: Communicator, units: Sequence[Unit], step: Step | None) 
             master_dtype(segment.dtype).itemsize,
             segment.trainable,
             segment.gradients is not None,
+            segment.places,
         )
         for segment in segments
     )
@@ -78,6 +86,8 @@ def report_memory(comm: Communicator, units: Sequence[Unit], step: Step | None) 
         gradients_bytes=sum(gradients for _, gradients, _ in counted) + local_gradients,
         optimizer_bytes=sum(masters for _, _, masters in counted) + state,
         buffers_bytes=sum(unit.live_bytes() for unit in units) + comm.pooled_bytes() + comm.scratch_bytes(),
+        host_bytes=offloading.host_bytes,
+        nvme_bytes=offloading.nvme_bytes,
         predicted_bytes=predicted.total,
         num_parameters=sum(slot.numel for segment in segments for slot in segment.layout.slots),
     )

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from shardwise.zero.offloaded_parameters import ShardPlace
+from shardwise.zero.shard_states import ShardStates
+
 
 class Place(Enum):
     """A place to rest."""
@@ -35,6 +38,21 @@ class Offload:
 
 
 ON_DEVICE = Offload()
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the states of one flat buffer rest, as objects."""
+
+    parameters: ShardPlace | None = None
+    """None: on the device."""
+    states: ShardStates | None = None
+    """Masters, gradients and the optimizer's own state; None: on the device."""
+    trained: bool = True
+    """Whether an optimizer steps the buffer: without one there are no masters off the device."""
+
+
+ON_THE_DEVICE = Places()
 
 
 def choose_offload(parameter: str | None, optimizer: str | None, device_type: str) -> Offload:

@@ -1,13 +1,14 @@
-"""Gradients that leave the device as soon as they are averaged, and come back window by window when they are stepped."""
+"""Gradients that leave the device as soon as they are averaged, and come back window by window for their step."""
 
 from __future__ import annotations
 
 import torch
 
 from shardwise.comm.base import CollectiveId, Communicator, Pending
-from shardwise.zero.gradients import OnePass, SoFar, Then
+from shardwise.layout import Span
+from shardwise.zero.gradients import OnePass, SoFar, Then, norms_of
 from shardwise.zero.parameters import guard
-from shardwise.zero.shard_states import GRADIENT, Loaded, ShardStates
+from shardwise.zero.shard_states import GRADIENT, ShardStates
 
 
 class OffloadedGradients:
@@ -25,7 +26,7 @@ class OffloadedGradients:
         self._states = states
         self._span = comm.my_span(self.layout.cuts)
         self.for_optimizer = guard(torch.Size([self._span.numel]), dtype, torch.device("cpu"))
-        self._norm = torch.zeros((), dtype=dtype, device=comm.device)
+        self._norms = torch.zeros(1, dtype=dtype, device=comm.device)
         self._factor = 1.0
         self._holds_gradient = False
 
@@ -34,9 +35,9 @@ class OffloadedGradients:
         """Whether a gradient came since the last reduction."""
         return not self._pass.is_empty
 
-    def norm(self) -> torch.Tensor:
-        """As it was when the shard was in memory."""
-        return self._norm
+    def norms(self) -> torch.Tensor:
+        """As they were when the shard was in memory."""
+        return self._norms
 
     def clamp(self, bound: float) -> None:
         """Brings the shard to memory once more."""
@@ -45,13 +46,13 @@ class OffloadedGradients:
         self._keep(owned)
 
     def multiply(self, factor: float) -> None:
-        """Later, in ``prepare``."""
+        """Later, in ``fill``."""
         self._factor *= factor
 
-    def prepare(self, loaded: Loaded) -> None:
-        """Make the gradient of a window in memory what the optimizer is to see."""
+    def fill(self, place: Span, window: torch.Tensor) -> None:
+        """The store brought the gradient; the factor is left to do."""
         if self._factor != 1.0:
-            loaded.values(GRADIENT, loaded.window.span).mul_(self._factor)
+            window.mul_(self._factor)
 
     def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
         """Into the buffer of the pass."""
@@ -80,7 +81,7 @@ class OffloadedGradients:
         return self._comm.borrow(self._span.numel, self._dtype)
 
     def _keep(self, owned: torch.Tensor) -> None:
-        self._norm = torch.linalg.vector_norm(owned)
+        self._norms = norms_of(owned, self.layout)
         self._states.write(GRADIENT, self._span, owned)
 
     def _owned_so_far(self) -> torch.Tensor:

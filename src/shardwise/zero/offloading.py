@@ -18,12 +18,13 @@ from shardwise.layout import Layout
 from shardwise.optim.probe import OptimizerTraits
 from shardwise.precision import master_dtype
 from shardwise.store.base import Store
-from shardwise.store.direct_io import DirectIO, IOSettings
+from shardwise.store.direct_io import DirectIO
 from shardwise.store.host_memory import HostMemory
+from shardwise.store.io_settings import IOSettings
 from shardwise.store.run_directory import RunDirectory, new_run_id
 from shardwise.store.swap_file import SwapFile
 from shardwise.zero.beside import Beside
-from shardwise.zero.offload import ON_DEVICE, Offload, Place, choose_offload
+from shardwise.zero.offload import ON_THE_DEVICE, Offload, Place, Places
 from shardwise.zero.offloaded_parameters import NearShards, ShardPlace
 from shardwise.zero.shard_states import (
     GRADIENT,
@@ -45,17 +46,6 @@ class Buffer:
     dtype: torch.dtype
     trainable: bool
     sharding: Sharding
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where the states of one flat buffer rest."""
-
-    offload: Offload = ON_DEVICE
-    parameters: ShardPlace | None = None
-    """In a store, or on the device."""
-    states: ShardStates | None = None
-    trained: bool = False
 
 
 def plan_window(offload: Offload, buffer: Buffer, traits: OptimizerTraits, device_type: str) -> WindowPlan:
@@ -87,19 +77,20 @@ class Offloading:
     Args:
         comm: the transport.
         config: of the engine.
+        wanted: places, from ``choose_offload``.
         traits: of the optimizer; None: there is none.
     """
 
-    def __init__(self, comm: Communicator, config: EngineConfig, traits: OptimizerTraits | None) -> None:
+    def __init__(
+        self, comm: Communicator, config: EngineConfig, wanted: Offload, traits: OptimizerTraits | None
+    ) -> None:
         zero = config.zero_optimization
         self._comm = comm
         self._traits = traits
         self._parameter: OffloadParamConfig = zero.offload_param
         self._optimizer: OffloadOptimizerConfig = zero.offload_optimizer
         self._io_settings = IOSettings.of(config.aio)
-        self.wanted = choose_offload(self._parameter.device, self._optimizer.device, comm.device.type)
-        if traits is None:
-            self.wanted = Offload(self.wanted.parameter)
+        self.wanted = wanted if traits is not None else Offload(wanted.parameter)
         self._window_numel = min(WINDOW_NUMEL, max(1, zero.sub_group_size))
         self._io: DirectIO | None = None
         self._directories: dict[str, RunDirectory] = {}
@@ -110,14 +101,14 @@ class Offloading:
         self._beside = Beside(comm.device)
         self._near = NearShards()
         self._places: list[Places] = []
-        self._largest_shard_bytes = 0
+        self._largest_shard = (0, 0)
 
     # ----------------------------------------------------------------------------------------------------- plan
 
     def plan(self, buffers: Sequence[Buffer]) -> list[Places]:
         """Choose the place of each buffer's states and reserve room for it. Collective where files are used."""
         if not self.wanted.is_any:
-            return [Places(trained=self._traits is not None) for _ in buffers]
+            return [ON_THE_DEVICE for _ in buffers]
         self._make_stores()
         in_memory = self._first_parameters_in_memory(buffers)
         streamed = self._first_states_off_the_device(buffers)
@@ -199,10 +190,10 @@ class Offloading:
             own_master = trained and (states is None or states.plan.holds(MASTER))
             dtype = buffer.dtype if own_master or not trained else master_dtype(buffer.dtype)
             num_bytes = span.numel * dtype.itemsize
-            self._largest_shard_bytes = max(self._largest_shard_bytes, num_bytes)
+            self._largest_shard = max(self._largest_shard, (num_bytes, span.numel))
             extent = self._parameter_store.reserve(num_bytes)
             parameters = ShardPlace(self._parameter_store, extent, self._staging_of_parameters, self._near)
-        return Places(offload, parameters, states, trained)
+        return Places(parameters, states, trained)
 
     # ----------------------------------------------------------------------------------------------------- open
 
@@ -225,11 +216,10 @@ class Offloading:
         for store in self._stores():
             store.allocate()
         if isinstance(self._parameter_store, SwapFile):
-            most = self._parameter.buffer_count * self._parameter.buffer_size
-            wanted = self._parameter.buffer_count
-            shard_numel = max(1, self._largest_shard_bytes // 4)
-            num_slabs = max(2, min(wanted, most // shard_numel))
-            self._parameter_staging = Staging(num_slabs, self._largest_shard_bytes, self._pins(self._parameter.pin_memory))
+            num_bytes, numel = self._largest_shard
+            most = self._parameter.buffer_count * self._parameter.buffer_size // max(1, numel)
+            num_slabs = max(2, min(self._parameter.buffer_count, most))
+            self._parameter_staging = Staging(num_slabs, num_bytes, self._pins(self._parameter.pin_memory))
         if isinstance(self._state_store, SwapFile):
             largest = max((p.states.window_bytes() for p in self._places if p.states is not None), default=0)
             num_slabs = max(3, self._optimizer.buffer_count)
@@ -241,10 +231,9 @@ class Offloading:
     def _check_room(self) -> None:
         """The files of all ranks on one filesystem of one host, together, against what is free there."""
         needs: dict[str, int] = {}
-        for store, path in ((self._parameter_store, self._parameter.nvme_path), (self._state_store, self._optimizer.nvme_path)):
+        for store in self._stores():
             if isinstance(store, SwapFile):
-                assert path is not None
-                device = f"{os.uname().nodename} {os.stat(path).st_dev}"
+                device = _filesystem(store.path.parent)
                 needs[device] = needs.get(device, 0) + store.num_bytes
         said = "\n".join(f"{num_bytes} {device}" for device, num_bytes in needs.items()).encode()
         total = dict.fromkeys(needs, 0)
@@ -256,7 +245,7 @@ class Offloading:
         faults = []
         for path in self._directories:
             place = os.statvfs(path)
-            need, free = total[f"{os.uname().nodename} {os.stat(path).st_dev}"], place.f_bavail * place.f_frsize
+            need, free = total.get(_filesystem(Path(path)), 0), place.f_bavail * place.f_frsize
             if need > free:
                 faults.append(
                     f"nvme_path {path} has {free:,d} bytes free, and the files of all ranks on it need {need:,d}. Free "
@@ -275,7 +264,8 @@ class Offloading:
         for rank, answer in enumerate(answers):
             if answer:
                 self.close()
-                raise ConfigError(answer.decode() if self._comm.size == 1 else f"rank {rank}: {answer.decode()}") from failure
+                origin = f"rank {rank}: " if self._comm.size > 1 else ""
+                raise ConfigError(origin + answer.decode()) from failure
 
     # -------------------------------------------------------------------------------------------------- while open
 
@@ -291,6 +281,11 @@ class Offloading:
 
     def _stores(self) -> list[Store]:
         return [store for store in (self._parameter_store, self._state_store) if store is not None]
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether making a unit whole goes on beside compute: copies to a GPU do."""
+        return self.wanted.parameter is not Place.DEVICE and self._comm.device.type != "cpu"
 
     @property
     def depth(self) -> int:
@@ -348,6 +343,11 @@ class Offloading:
         for directory in self._directories.values():
             directory.close()
         self._directories.clear()
+
+
+def _filesystem(path: Path) -> str:
+    """Equal for paths on one filesystem of one host."""
+    return f"{os.uname().nodename} {os.stat(path).st_dev}"
 
 
 def _raise_first(faults: Sequence[str]) -> None:

@@ -40,6 +40,7 @@ class Schedule:
         self._root = root
         self._budgets = budgets
         self._prefetches = prefetches
+        self._fetches = any(segment.places.parameters is not None for unit in units for segment in unit.segments)
         self._order: list[Unit] = []
         """Units in the order of their first use in the last forward pass."""
         self._tracing: list[Unit] = []
@@ -62,6 +63,7 @@ class Schedule:
         unit.unshard(self.step)
         if unit.training_state is TrainingState.IDLE:
             self._prefetch(unit, forward=True)
+            self._fetch(unit, forward=True)
         unit.wait_unsharded()
         check_ready(unit, "before forward")
         if unit not in self._tracing:
@@ -97,6 +99,7 @@ class Schedule:
         """Make ``unit`` whole again; gather the ones before it meanwhile."""
         unit.unshard(self.step)
         self._prefetch(unit, forward=False)
+        self._fetch(unit, forward=False)
         unit.wait_unsharded()
         check_ready(unit, "before backward")
 
@@ -124,12 +127,23 @@ class Schedule:
                 candidate.unshard(self.step)
                 self._ahead.append(candidate)
 
-    def _predicted(self, unit: Unit, forward: bool) -> list[Unit]:
-        """The units that are used next and fit the budgets, nearest first."""
+    def _fetch(self, unit: Unit, forward: bool) -> None:
+        """Bring shards that rest off the device near, in the order of their use, as far ahead as there is room."""
+        if self._fetches:
+            for candidate in self._following(unit, forward):
+                if not candidate.fetch():
+                    break
+
+    def _following(self, unit: Unit, forward: bool) -> list[Unit]:
+        """The units that are used next, nearest first."""
         order = self._order if forward else self._order[::-1]
         if unit not in order:
             return []
-        following = [u for u in order[order.index(unit) + 1 :] if u is not self._root]
+        return [u for u in order[order.index(unit) + 1 :] if u is not self._root]
+
+    def _predicted(self, unit: Unit, forward: bool) -> list[Unit]:
+        """The units that are used next and fit the budgets, nearest first."""
+        following = self._following(unit, forward)
         if self._budgets.prefetch is None:
             following = following[:1]
         ahead, live, chosen = 0, self._live(), []
@@ -156,3 +170,4 @@ class Schedule:
             unit.training_state = TrainingState.IDLE
             unit.forwards_in_graph = 0
             self._put_away(unit)
+            unit.forget_fetched()

@@ -21,6 +21,7 @@ import torch
 from shardwise.layout import Layout, Span
 from shardwise.store.aligned import Slab
 from shardwise.store.base import Extent, Store, Transfer, round_up
+from shardwise.store.host_memory import HostMemory
 from shardwise.zero.beside import Beside
 from shardwise.zero.rest import InStore
 from shardwise.zero.staging import Staging
@@ -154,13 +155,15 @@ class ShardStates:
     ) -> None:
         self.plan = plan
         self._beside = beside
-        self.windows = [Window(span, store.reserve(plan.memory_bytes(span.numel))) for span in spans]
+        # Where the store is memory that is worked on in place, the parameters' values have a place there, too.
+        size = plan.memory_bytes if isinstance(store, HostMemory) else plan.kept_bytes
+        self.windows = [Window(span, store.reserve(size(span.numel))) for span in spans]
         self._store = store
         self._staging = staging
 
     def window_bytes(self) -> int:
         """Bytes of the largest window in memory."""
-        return max((window.extent.num_bytes for window in self.windows), default=0)
+        return max((self.plan.memory_bytes(window.span.numel) for window in self.windows), default=0)
 
     # --------------------------------------------------------------------------------------------------- windows
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
+from shardwise.zero.offload import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +71,30 @@ def state_bytes(
     master_itemsize: int,
     trainable: bool,
     has_gradients: bool,
+    places: Places,
 ) -> StateBytes:
-    """What ``rank`` holds of one flat buffer, before the optimizer's own state is counted.
+    """What ``rank`` holds of one flat buffer in memory, before the optimizer's own state is counted.
 
     A parameter that computes in its master's dtype is its own master. One that computes in 16 bits has a separate
     master, which counts as optimizer state; where the parameter is sharded the master alone rests and is cast on its
     way. Frozen parameters have neither gradient nor master; without an optimizer there are no gradients.
 
     With W ranks and Adam's two moments this gives, in bytes a parameter, at stages 0 to 3: in fp32 16, 8 + 8/W,
-    4 + 12/W, 16/W; in 16 bits 18, 6 + 12/W, 2 + 16/W, 16/W.
+    4 + 12/W, 16/W; in 16 bits 18, 6 + 12/W, 2 + 16/W, 16/W. What rests in a store is not in memory.
     """
     whole, shard = layout.numel, layout.shard(rank).numel
+    in_memory = places.states is None
     separate_master = trainable and compute_itemsize != master_itemsize
+    if places.parameters is not None:
+        separate_master = trainable and places.trained
     parameters = compute_itemsize * (shard if sharding.parameter else whole)
-    if separate_master and sharding.parameter:
+    if places.parameters is not None or (separate_master and sharding.parameter and in_memory):
         parameters = 0
+    has_gradients = has_gradients and (in_memory or not sharding.gradient)
     return StateBytes(
         parameters=parameters,
         gradients=master_itemsize * (shard if sharding.gradient else whole) * has_gradients,
-        optimizer=master_itemsize * (shard if sharding.optimizer else whole) * separate_master,
+        optimizer=master_itemsize * (shard if sharding.optimizer else whole) * (separate_master and in_memory),
     )
 
 

@@ -20,7 +20,7 @@ from shardwise.comm.base import CollectiveId, Communicator, Pending
 from shardwise.errors import ConfigError
 from shardwise.layout import Span
 from shardwise.precision import LossScaler
-from shardwise.zero.agreement import agree, agree_unused
+from shardwise.zero.agreement import agree, agree_unused, sum_of_squares
 from shardwise.zero.invariants import check_home, check_reduced
 from shardwise.zero.optimizer import SavedStates, ShardedOptimizer, StatePiece, describe, others_beside, split_state
 from shardwise.zero.reducer import Reducer
@@ -398,4 +398,4 @@ def _is_elementwise(key: str, value: object, parameter: torch.Tensor) -> bool:
 def _norm(gradients: Sequence[torch.Tensor]) -> float:
     if not gradients:
         return 0.0
-    return math.sqrt(float(torch.stack(torch_compat.norms(gradients)).double().square().sum()))
+    return math.sqrt(sum_of_squares(torch.stack(torch_compat.norms(gradients)).tolist()))

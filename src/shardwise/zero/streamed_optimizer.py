@@ -21,7 +21,6 @@ import torch
 from shardwise.errors import CheckpointError, ConfigError
 from shardwise.optim.probe import OptimizerTraits
 from shardwise.store.base import Transfer
-from shardwise.zero.offloaded_gradients import OffloadedGradients
 from shardwise.zero.offloaded_parameters import OffloadedParameters
 from shardwise.zero.optimizer import Run, SavedStates, ShardedOptimizer, is_unused, others_beside, split_state
 from shardwise.zero.parameters import guard
@@ -82,10 +81,14 @@ class StreamedOptimizer(ShardedOptimizer):
         # Whole parameters need no further cut: windows end where parameters do.
         if segment.states is None or segment.gradients is None or not self._traits.elementwise:
             return super()._cut(segment)
+        spans = [window.span for window in segment.states.windows]
+        if segment.layout.world == 1:
+            # As a rank alone steps whose states are on the device: fused kernels round the ends of tensors otherwise.
+            spans = [piece.within_buffer for span in spans for piece in segment.layout.pieces(span)]
         return [
-            self._run(segment, group, span)
-            for window in segment.states.windows
-            for group, span in segment.layout.runs(window.span, self._max_run_numel)
+            self._run(segment, group, part)
+            for span in spans
+            for group, part in segment.layout.runs(span, self._max_run_numel)
         ]
 
     # ------------------------------------------------------------------------------------------------------ step
@@ -152,8 +155,10 @@ class StreamedOptimizer(ShardedOptimizer):
         plan, loaded = visit.states.plan, visit.loaded
         assert loaded is not None
         loaded.wait()
-        if isinstance(visit.segment.gradients, OffloadedGradients):
-            visit.segment.gradients.prepare(loaded)
+        if plan.holds(GRADIENT) and visit.segment.gradients is not None:
+            span = visit.window.span
+            place = span.shift(-visit.segment.parameters.master_span.begin)
+            visit.segment.gradients.fill(place, loaded.values(GRADIENT, span))
         for run in visit.runs:
             self._bind(run, visit.states, loaded)
         self._point_groups(visit.runs)

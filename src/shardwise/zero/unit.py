@@ -22,7 +22,11 @@ from shardwise.errors import StateError
 from shardwise.layout import Layout
 from shardwise.precision import Precision, master_dtype
 from shardwise.zero.gradients import GradientHome, OnePass, ResidentGradients, TransientGradients
+from shardwise.zero.offload import ON_THE_DEVICE, Places
+from shardwise.zero.offloaded_gradients import OffloadedGradients
+from shardwise.zero.offloaded_parameters import OffloadedParameters
 from shardwise.zero.parameters import ParameterHome, ResidentParameters, ShardedParameters
+from shardwise.zero.shard_states import ShardStates
 from shardwise.zero.sharding import Sharding
 
 
@@ -53,17 +57,27 @@ class Segment:
     parameters: ParameterHome
     gradients: GradientHome | None = None
     """None for frozen parameters, and for all where there is no optimizer."""
+    places: Places = ON_THE_DEVICE
+
+    @property
+    def states(self) -> ShardStates | None:
+        """Where the optimizer's side rests, if it is off the device."""
+        return self.places.states
 
     def resting_bytes(self) -> tuple[int, int, int]:
         """Bytes at rest of parameters, gradients and separate masters: what is allocated, not what should be."""
-        tensors = self.parameters.resting_tensors()
-        masters = tensors[:-1]
+        parameters, masters = self.parameters.resting_bytes()
         gradients = self.gradients.resting_tensors() if self.gradients is not None else []
-        return (tensors[-1].nbytes, sum(t.nbytes for t in gradients), sum(t.nbytes for t in masters))
+        return parameters, sum(t.nbytes for t in gradients), masters
 
 
 def build_segment(
-    comm: Communicator, layout: Layout, parameters: Sequence[nn.Parameter], sharding: Sharding, precision: Precision
+    comm: Communicator,
+    layout: Layout,
+    parameters: Sequence[nn.Parameter],
+    sharding: Sharding,
+    precision: Precision,
+    places: Places = ON_THE_DEVICE,
 ) -> Segment:
     """Choose the home that a row of the table names; the parameters become views into the flat buffer.
 
@@ -73,15 +87,22 @@ def build_segment(
         parameters: in the order of ``layout.slots``; one dtype, all trainable or all frozen.
         sharding: who holds what.
         precision: dtypes of compute and travel.
+        places: where the states rest.
     """
     dtype = precision.of_parameter(parameters[0])
     span = comm.my_span(layout.cuts) if sharding.optimizer else layout.whole
-    build: type[ShardedParameters | ResidentParameters]
-    build = ShardedParameters if sharding.parameter else ResidentParameters
-    home: ParameterHome = build(comm, layout, parameters, dtype, span)
+    home: ParameterHome
+    if places.parameters is not None:
+        home = OffloadedParameters(
+            comm, layout, parameters, dtype, span, places.parameters, places.states, places.trained
+        )
+    elif sharding.parameter:
+        home = ShardedParameters(comm, layout, parameters, dtype, span, places.states)
+    else:
+        home = ResidentParameters(comm, layout, parameters, dtype, span, places.states)
     names = tuple(slot.name for slot in layout.slots)
     trainable = parameters[0].requires_grad
-    return Segment(layout, names, dtype, trainable, sharding, home)
+    return Segment(layout, names, dtype, trainable, sharding, home, places=places)
 
 
 def with_gradients(comm: Communicator, segment: Segment, precision: Precision, contiguous: bool) -> Segment:
@@ -96,7 +117,13 @@ def with_gradients(comm: Communicator, segment: Segment, precision: Precision, c
     dtype, travel = master_dtype(segment.dtype), precision.communication or segment.dtype
     gradients: GradientHome
     if segment.sharding.gradient:
-        gradients = TransientGradients(comm, dtype, OnePass(comm, segment.layout, dtype, travel, contiguous))
+        one_pass = OnePass(comm, segment.layout, dtype, travel, contiguous)
+        states = segment.states
+        gradients = (
+            TransientGradients(comm, dtype, one_pass)
+            if states is None
+            else OffloadedGradients(comm, dtype, one_pass, states)
+        )
     else:
         gradients = ResidentGradients(comm, segment.layout, dtype, travel, segment.parameters.master_span)
     return replace(segment, gradients=gradients)
@@ -135,6 +162,15 @@ class Unit:
         return self.state is ShardedState.UNSHARDED
 
     # ----------------------------------------------------------------------------------------------- parameters
+
+    def fetch(self) -> bool:
+        """Start bringing this rank's shards near; False where there is no room for them now."""
+        return self.is_whole or all(segment.parameters.fetch() for segment in self.segments)
+
+    def forget_fetched(self) -> None:
+        """What was fetched ahead is not needed, or will be outdated."""
+        for segment in self.segments:
+            segment.parameters.forget_fetched()
 
     def unshard(self, step: int) -> None:
         """Start making the parameters whole; nothing happens where they are, or are on their way."""

@@ -81,13 +81,9 @@ class PluginConfig(Block):
     gradient_clipping: Annotated[
         NonNegative | None, Acts("clip gradients to this global norm; null is no clipping", auto="no clipping")
     ] = None
-    offload_optimizer_device: Annotated[Device, Acts("where optimizer state rests; prepare refuses all but none")] = (
-        "none"
-    )
+    offload_optimizer_device: Annotated[Device, Acts("where optimizer state rests, from stage 1 on")] = "none"
     offload_optimizer_nvme_path: Annotated[OptionalPath, Acts("directory for offload_optimizer_device: nvme")] = None
-    offload_param_device: Annotated[Device, Acts("where parameters rest, at stage 3; prepare refuses all but none")] = (
-        "none"
-    )
+    offload_param_device: Annotated[Device, Acts("where parameters rest, at stage 3")] = "none"
     offload_param_nvme_path: Annotated[OptionalPath, Acts("directory for offload_param_device: nvme")] = None
     zero3_init_flag: Annotated[
         Switch | None, NoEffect("a model is built whole on each rank, and prepare shards it", warns=False)
