@@ -74,7 +74,7 @@ def optimizer_parts(engine: Any) -> list[tuple[str, str, int, Tensor]]:
     parts = []
     for piece in engine._step.states():
         begin = piece.within_parameter.begin
-        parts += [(kind, piece.name, begin, values.clone()) for kind, values in piece.elementwise.items()]
+        parts += [(kind, piece.name, begin, rest.load().clone()) for kind, rest in piece.elementwise.items()]
         for key, value in piece.others.items():
             parts.append((f"{key} of all", piece.name, 0, torch.as_tensor(value).clone()))
     return parts

@@ -192,7 +192,7 @@ class OffloadedParameters:
         return True
 
     def _start_near(self) -> None:
-        if not self._place.staging().num_free:
+        if not self._place.staging().num_unheld:
             self._place.near.make_room()
         slab = self._place.staging().take()
         memory = slab.bytes(0, self.master_span.numel * self._dtype.itemsize)

@@ -37,6 +37,11 @@ class Staging:
         self._collect()
         return self._pool.num_free
 
+    @property
+    def num_unheld(self) -> int:
+        """Slabs that ``take`` can give, now or when what is written from them has arrived."""
+        return self._pool.num_free + len(self._leaving)
+
     def take(self) -> Slab:
         """A slab; waits for the write that was started first where none is free.
 
