@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from shardwise.config.schema import EngineConfig
 from shardwise.errors import ConfigError
 from shardwise.layout import Slot, even_layout
-from shardwise.zero.offload import ON_THE_DEVICE
 from shardwise.zero.sharding import STAGES, StateBytes, state_bytes
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -85,7 +84,6 @@ def _at_every_stage(
                 _MASTER_ITEMSIZE,
                 trainable=True,
                 has_gradients=True,
-                places=ON_THE_DEVICE,
             )
             + StateBytes(0, 0, num_tensors * _MASTER_ITEMSIZE * stepped.numel),
         )

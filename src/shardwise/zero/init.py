@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from shardwise.comm.base import Communicator
 from shardwise.config import BatchSizes, EngineConfig
 from shardwise.config.load import load_silently, open_source, warn
+from shardwise.config.messages import dotted
+from shardwise.config.rules import faults_of_offload
 from shardwise.errors import ConfigError
 from shardwise.mesh import DEFAULT_TIMEOUT, build_mesh, init_distributed
 from shardwise.monitor.printing import make_audible, set_log_level
@@ -115,6 +117,7 @@ def initialize(
     built = _build_optimizer(model, optimizer, model_parameters, settings)
     groups = optimizer_groups(model, built)
     precision = choose_precision(settings)
+    _refuse_offload_without_a_place(settings)
     zero = settings.zero_optimization
     offload = choose_offload(zero.offload_param.device, zero.offload_optimizer.device, mesh.device.type)
     planned = plan_blueprints(model, groups, precision, settings, mesh.dp_shard.size, offload)
@@ -139,6 +142,12 @@ def initialize(
         )  # fmt: skip
     _open_engines.add(engine)
     return engine, returned, loader, engine.lr_scheduler
+
+
+def _refuse_offload_without_a_place(settings: EngineConfig) -> None:
+    faults = [f"{dotted(fault.path)}: {fault.text}" for fault in faults_of_offload(settings)]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def _assemble(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
-from shardwise.zero.offload import Places
+from shardwise.zero.offload import ON_THE_DEVICE, Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def state_bytes(
     master_itemsize: int,
     trainable: bool,
     has_gradients: bool,
-    places: Places,
+    places: Places = ON_THE_DEVICE,
 ) -> StateBytes:
     """What ``rank`` holds of one flat buffer in memory, before the optimizer's own state is counted.
 
