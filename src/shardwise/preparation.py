@@ -83,6 +83,7 @@ def prepare(objects: Sequence[Any], facts: RunFacts) -> tuple[list[Any], EngineC
             _check_recipes(group, facts.described)
         seen = _seen(groups, [*facts.loaders, *(ready[id(loader)] for loader in loaders)], facts)
         config = _config(groups, seen, facts)
+        _refuse_inference_below_stage_3(groups, loaders, config)
         for group in groups:
             ready |= _engine_of(group, config, facts)
     for optimizer, engine in later:
@@ -239,6 +240,17 @@ def _config(groups: Sequence[Belongings], seen: Seen, facts: RunFacts) -> Engine
     filled = facts.plugin.fill(seen, unused)
     # What has no effect was said when the plugin was made.
     return load_silently(Source(filled.json_name, filled.ds_config))[0]
+
+
+def _refuse_inference_below_stage_3(groups: Sequence[Belongings], loaders: Sequence[Any], config: EngineConfig) -> None:
+    """A model with a loader and without an optimizer is for inference, where stages 1 and 2 have nothing to shard."""
+    stage = config.zero_optimization.stage
+    if loaders and stage in (1, 2) and all(group.optimizer is None for group in groups):
+        raise ConfigError(
+            f"prepare() got a model and a loader without an optimizer at ZeRO stage {stage}, which shards optimizer "
+            "state and gradients only: there is nothing of either. For inference set the stage to 3, which shards "
+            "parameters, or to 0; for training pass the optimizer in the same prepare()."
+        )
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------

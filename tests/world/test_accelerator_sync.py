@@ -199,7 +199,8 @@ def an_optimizer_of_the_script(stage: int) -> None:
     with accelerator_of(config if stage else None) as accelerator:
         model = Branches()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        engine, batches = accelerator.prepare(model, loader())
+        engine = accelerator.prepare(model)  # with a loader beside it this would be inference
+        batches = accelerator.prepare(loader())
         for batch in batches:
             accelerator.backward(loss_of(engine, batch))
             assert model.never.weight.grad is None

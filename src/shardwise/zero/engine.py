@@ -320,6 +320,7 @@ class Engine(nn.Module):
         max_norm, self._max_norm_once = self._max_norm(), 0.0
         # A forward whose loss was never differentiated leaves the root whole.
         self._schedule.reshard_all()
+        self._schedule.outdate()
         self._offloading.check()
         outcome = self._step.take(self.global_steps, max_norm)
         self._grad_norm = outcome.grad_norm
@@ -521,7 +522,7 @@ class Engine(nn.Module):
                 + ("; ".join(faults) or "assign=True would replace the engine's buffers")
                 + ". Pass the state dict of the same model; strict=False ignores missing and unexpected names."
             )
-        self._schedule.reshard_all()
+        self.put_away()
         self._comm.exchange(CollectiveId("begin of a load", "", self.global_steps), b"")
         for name, value in own.items():
             if name in state_dict and value in self._owners:
@@ -667,6 +668,7 @@ class Engine(nn.Module):
     def put_away(self) -> None:
         """Only shards rest from here on, until the model runs again."""
         self._schedule.reshard_all()
+        self._schedule.outdate()
 
     def save_16bit_model(
         self,

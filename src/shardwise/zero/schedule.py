@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from shardwise.zero.invariants import check_ready
 from shardwise.zero.unit import ShardedState, TrainingState, Unit
 
@@ -129,10 +131,15 @@ class Schedule:
 
     def _fetch(self, unit: Unit, forward: bool) -> None:
         """Bring shards that rest off the device near, in the order of their use, as far ahead as there is room."""
-        if self._fetches:
-            for candidate in self._following(unit, forward):
-                if not candidate.fetch():
-                    break
+        if not self._fetches:
+            return
+        following = self._following(unit, forward)
+        if forward:
+            # Behind the last unit comes backward, or else the next pass.
+            following += self._order[::-1] if torch.is_grad_enabled() else self._order
+        for candidate in following:
+            if not candidate.fetch():
+                break
 
     def _following(self, unit: Unit, forward: bool) -> list[Unit]:
         """The units that are used next, nearest first."""
@@ -170,4 +177,8 @@ class Schedule:
             unit.training_state = TrainingState.IDLE
             unit.forwards_in_graph = 0
             self._put_away(unit)
+
+    def outdate(self) -> None:
+        """Parameters change: what was fetched ahead is not what they will be."""
+        for unit in self._moving:
             unit.forget_fetched()
