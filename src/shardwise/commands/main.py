@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from shardwise.commands.bench_storage import bench_storage
 from shardwise.commands.config import config_app
 from shardwise.commands.consolidate import consolidate
 from shardwise.commands.env import env
@@ -43,6 +44,7 @@ app.command(
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
     epilog="Example: shardwise consolidate checkpoints weights --dtype bf16 --max-shard-size 2GB",
 )(consolidate)
+app.command(epilog="Example: shardwise bench-storage /mnt/nvme --size 4GB")(bench_storage)
 
 
 @app.callback()

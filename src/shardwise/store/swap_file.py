@@ -49,6 +49,11 @@ class SwapFile(Store):
         self._extents.closed = True
         self._file = self._io.create(self.path, self._extents.num_bytes, self._verify)
 
+    def switch_to(self, io: DirectIO) -> None:
+        """Go on with other threads, once every transfer under way has ended."""
+        self._io.finish(self._open())
+        self._io = io
+
     @property
     def is_direct(self) -> bool:
         """Whether the page cache is left alone; False where the filesystem wants it so."""
