@@ -39,17 +39,22 @@ class HostMemory(Store):
 
     def in_place(self, extent: Extent) -> Slab:
         """The memory of the extent."""
-        if self._slab is None:
-            raise StateError("Host memory was used before it was allocated, or after it was closed.")
-        return self._slab.part(extent.begin, extent.num_bytes)
+        return self._whole().part(extent.begin, extent.num_bytes)
 
     def start_read(self, extent: Extent, begin: int, memory: memoryview) -> Transfer:
         """Copy to ``memory``."""
-        return self._copy(memory, self.in_place(extent).bytes(begin, memory.nbytes), writes=False)
+        size = memory.nbytes
+        return self._copy(memory, self._whole().bytes(extent.at(begin, size), size), writes=False)
 
     def start_write(self, extent: Extent, begin: int, memory: memoryview) -> Transfer:
         """Copy from ``memory``."""
-        return self._copy(self.in_place(extent).bytes(begin, memory.nbytes), memory, writes=True)
+        size = memory.nbytes
+        return self._copy(self._whole().bytes(extent.at(begin, size), size), memory, writes=True)
+
+    def _whole(self) -> Slab:
+        if self._slab is None:
+            raise StateError("Host memory was used before it was allocated, or after it was closed.")
+        return self._slab
 
     def _copy(self, target: memoryview, source: memoryview, writes: bool) -> Transfer:
         begin = time.perf_counter()
