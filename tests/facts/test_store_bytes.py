@@ -193,6 +193,26 @@ def test_settings_come_from_the_json() -> None:
     assert IOSettings.of(AioConfig(overlap_events=False)).num_at_once == 8
 
 
+def test_only_what_is_odd_takes_a_detour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transfer from a slab whose length is odd copies its last page alone."""
+    import shardwise.store.direct_file as module
+
+    detours = []
+    bounce = module._bounce
+
+    def counted(memory: memoryview, offset: int) -> tuple[int, memoryview]:
+        detours.append(memory.nbytes)
+        return bounce(memory, offset)
+
+    monkeypatch.setattr(module, "_bounce", counted)
+    size = 5 * PAGE_BYTES + 100
+    with swap_file(tmp_path / "f", [size]) as (file, (extent,)):
+        file.write(extent, 0, pattern(size).memory)
+        file.read(extent, 0, Slab.allocate(size).memory)
+        file.read(extent, PAGE_BYTES, Slab.allocate(size).bytes(0, 2 * PAGE_BYTES))
+    assert detours == [100, 100]
+
+
 # -- order
 
 

@@ -338,6 +338,21 @@ def test_closing_removes_only_what_is_ours(tmp_path: Path) -> None:
     assert (tmp_path / "f").read_text() == "another's"
 
 
+def test_fork_leaves_the_file_to_its_process(tmp_path: Path) -> None:
+    with swap_file(tmp_path / "f", [SIZE], FEW) as (file, (extent,)):
+        slab = pattern(SIZE)
+        file.write(extent, 0, slab.memory)
+        child = os.fork()
+        if child == 0:
+            file.close()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        file.check()
+        found = Slab.allocate(SIZE)
+        file.read(extent, 0, found.memory)
+        assert found.memory == slab.memory
+
+
 def test_use_after_the_threads_ended(tmp_path: Path) -> None:
     io = DirectIO()
     file = SwapFile(tmp_path / "f", io)

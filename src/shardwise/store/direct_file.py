@@ -1,8 +1,9 @@
 """One open file, read and written past the page cache, block by block; anything odd about a block is dealt with here.
 
-O_DIRECT wants file position, length and memory address all on whole pages. A block that is not goes through a page-
-aligned bounce buffer; a write that covers a page only in part first reads that page. Where the filesystem refuses
-O_DIRECT the same calls go through the page cache, which is told after each of them that the pages are not needed.
+O_DIRECT wants file position, length and memory address all on whole pages. What is not goes through a page-aligned
+bounce buffer; a write that covers a page only in part first reads that page, so two transfers may not be in one page at
+a time if one of them writes. Where the filesystem refuses O_DIRECT the same calls go through the page cache, which is
+told after each of them that the pages are not needed.
 
 After the first failure nothing is read or written any more: what the file holds is then unknown.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,10 +48,9 @@ def no_room(path: Path, need: int, free: int) -> ConfigError:
     )
 
 
-def _is_aligned(memory: memoryview, offset: int) -> bool:
-    if offset % PAGE_BYTES or memory.nbytes % PAGE_BYTES:
-        return False
-    return int(np.frombuffer(memory, np.uint8).ctypes.data) % PAGE_BYTES == 0
+def address_of(memory: memoryview) -> int:
+    """Where the bytes begin; 0 where there are none."""
+    return int(np.frombuffer(memory, np.uint8).ctypes.data) if memory.nbytes else 0
 
 
 class DirectFile:
@@ -73,8 +72,8 @@ class DirectFile:
         self.num_bytes = round_up(num_bytes)
         self.failure: StorageError | None = None
         self._checksums = PageChecksums(self.num_bytes) if verify else None
-        self._edges = threading.Lock()  # of partly written pages, which are read before they are written
         self._num_writes = 0  # under way
+        self._process = os.getpid()
         self.fd = self._create()
         try:
             if self.num_bytes:
@@ -119,30 +118,37 @@ class DirectFile:
 
     def read(self, memory: memoryview, offset: int) -> None:
         """Fill ``memory`` from byte ``offset`` on; StorageError with the reason where that cannot be."""
-        if self._takes(memory, offset):
-            self._read(memory, offset)
-            return
-        first, bounce = _bounce(memory, offset)
-        self._read(bounce, first)
-        memory[:] = bounce[offset - first : offset - first + memory.nbytes]
+        whole = self._as_it_is(memory, offset)
+        self._read(memory[:whole], offset)
+        if whole < memory.nbytes:
+            rest, begin = memory[whole:], offset + whole
+            first, bounce = _bounce(rest, begin)
+            self._read(bounce, first)
+            rest[:] = bounce[begin - first : begin - first + rest.nbytes]
 
     def write(self, memory: memoryview, offset: int) -> None:
         """Write ``memory`` at byte ``offset``; StorageError with the reason where that cannot be."""
-        if self._takes(memory, offset):
-            self._write(memory, offset)
-            return
+        whole = self._as_it_is(memory, offset)
+        self._write(memory[:whole], offset)
+        if whole < memory.nbytes:
+            self._write_odd(memory[whole:], offset + whole)
+
+    def _write_odd(self, memory: memoryview, offset: int) -> None:
         first, bounce = _bounce(memory, offset)
         begin, end = offset - first, offset - first + memory.nbytes
-        with self._edges:
-            for page in {0, bounce.nbytes - PAGE_BYTES}:
-                if begin > page or end < page + PAGE_BYTES:
-                    self._read(bounce[page : page + PAGE_BYTES], first + page)
-            bounce[begin:end] = memory
-            self._write(bounce, first)
+        for page in {0, bounce.nbytes - PAGE_BYTES}:
+            if begin > page or end < page + PAGE_BYTES:
+                self._read(bounce[page : page + PAGE_BYTES], first + page)
+        bounce[begin:end] = memory
+        self._write(bounce, first)
 
-    def _takes(self, memory: memoryview, offset: int) -> bool:
-        """Whether a block may go to the system as it is."""
-        return (not self.is_direct and self._checksums is None) or _is_aligned(memory, offset)
+    def _as_it_is(self, memory: memoryview, offset: int) -> int:
+        """How many bytes from the block's begin on may go to the system without a bounce."""
+        if not self.is_direct and self._checksums is None:
+            return memory.nbytes
+        if offset % PAGE_BYTES or address_of(memory) % PAGE_BYTES:
+            return 0
+        return memory.nbytes // PAGE_BYTES * PAGE_BYTES
 
     def _read(self, memory: memoryview, offset: int) -> None:
         done = 0
@@ -217,12 +223,11 @@ class DirectFile:
             raise self.failure
         if self._num_writes == 0:
             self._compare_stamp()
-        own = os.fstat(self.fd)
         try:
             there = os.stat(self.path)
         except OSError as error:
             self._touched(f"cannot be found any more ({error.strerror})")
-        if (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
+        if not os.path.samestat(there, os.fstat(self.fd)):
             self._touched("was replaced by another file")
 
     def _read_stamp(self) -> tuple[int, int, int]:
@@ -248,12 +253,15 @@ class DirectFile:
         assert self.failure is not None
         raise self.failure
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process created it; a fork of that process did not."""
+        return os.getpid() == self._process
+
     def remove(self) -> None:
-        """Close the file, and remove it if its path is still ours. No transfer may be under way."""
-        own = os.fstat(self.fd)
+        """Close the file; remove it if it and its path are still ours. No transfer may be under way."""
         try:
-            there = os.stat(self.path)
-            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+            if self.is_ours and os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
                 self.path.unlink()
         except OSError:
             pass  # it is gone, or the next run's turn

@@ -2,7 +2,7 @@
 
 A transfer is cut into blocks; the threads of its direction move them, ``queue_depth * num_threads`` at a time, past
 each other and past those of other transfers. A transfer waits for earlier ones that it *meets*: both touch the same
-bytes of a file, or the same bytes of memory, and one of the two changes them. So a slab's next read may be started
+pages of a file, or the same bytes of memory, and one of the two changes them. So a slab's next read may be started
 right after its write was, and begins the moment that the write ends.
 """
 
@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import weakref
 from pathlib import Path
 
-import numpy as np
-
 from shardwise.errors import StateError, StorageError
-from shardwise.store.base import PAGE_BYTES, Traffic, Transfer
-from shardwise.store.direct_file import DirectFile
+from shardwise.store.base import PAGE_BYTES, Traffic, Transfer, round_up
+from shardwise.store.direct_file import DirectFile, address_of
 from shardwise.store.io_settings import IOSettings
 from shardwise.store.lane import Job, Lane
 
 _logger = logging.getLogger(__name__)
-
-
-def address_of(memory: memoryview) -> int:
-    """Where the bytes begin; 0 where there are none."""
-    return int(np.frombuffer(memory, np.uint8).ctypes.data) if memory.nbytes else 0
 
 
 class FileTransfer(Transfer):
@@ -42,6 +36,7 @@ class FileTransfer(Transfer):
         self.size = memory.nbytes
         self.handed_over = 0  # bytes
         self.num_open_blocks = 0
+        self.pages = range(offset // PAGE_BYTES, round_up(offset + self.size) // PAGE_BYTES)
         self.num_before = 0  # transfers that must end first
         self.followers: list[FileTransfer] = []
         self.error: StorageError | None = None
@@ -50,7 +45,8 @@ class FileTransfer(Transfer):
     def meets(self, other: FileTransfer) -> bool:
         """Whether the later of the two must wait for the earlier."""
         in_file = self.file is other.file and (self.writes or other.writes)
-        if in_file and self.offset < other.offset + other.size and other.offset < self.offset + self.size:
+        # Whole pages: a part of one is written by reading and writing all of it.
+        if in_file and self.pages.start < other.pages.stop and other.pages.start < self.pages.stop:
             return True
         in_memory = not (self.writes and other.writes)  # a read changes memory, a write does not
         return in_memory and self.address < other.address + other.size and other.address < self.address + self.size
@@ -84,7 +80,7 @@ class DirectIO:
         self._closed = False
         self._said_plain = False
         # Only stops the threads: what finalizes may run in one of them.
-        weakref.finalize(self, _stop, (self._reading, self._writing)).atexit = False
+        weakref.finalize(self, _stop, (self._reading, self._writing), os.getpid()).atexit = False
 
     def create(self, path: Path, num_bytes: int, verify: bool = False) -> DirectFile:
         """Create a file; see `DirectFile`. Where it goes through the page cache, one warning says so."""
@@ -204,11 +200,12 @@ class DirectIO:
             under_way = list(self._active)
         for transfer in under_way:
             self.finish(transfer.file)
-        _stop((self._reading, self._writing))
-        self._reading.join()
-        self._writing.join()
+        for lane in (self._reading, self._writing):
+            lane.stop()
+            lane.join()
 
 
-def _stop(lanes: tuple[Lane, ...]) -> None:
-    for lane in lanes:
-        lane.stop()
+def _stop(lanes: tuple[Lane, ...], process: int) -> None:
+    if os.getpid() == process:  # a fork has no such threads, and locks as they happened to be
+        for lane in lanes:
+            lane.stop()

@@ -48,7 +48,7 @@ class Lane:
                         f"No thread could be started for transfers ({error}): raise the limits of this process "
                         "(ulimit -u, ulimit -v)."
                     ) from error
-            self._changed.notify_all()
+            self._changed.notify(len(self._jobs))
 
     def _start_thread(self) -> None:
         # A daemon: a process that ends badly does not wait for a disk that may be the reason.

@@ -139,8 +139,7 @@ def _is_still_at(path: Path, descriptor: int) -> bool:
         there = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    own = os.fstat(descriptor)
-    return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+    return os.path.samestat(there, os.fstat(descriptor))
 
 
 @contextlib.contextmanager

@@ -85,8 +85,9 @@ class SwapFile(Store):
         return self._io.traffic
 
     def close(self) -> None:
-        """Wait for transfers under way, then remove the file. Twice is fine."""
+        """Wait for transfers under way, then remove the file. Twice is fine; in a fork it is left alone."""
         if self._file is not None:
-            self._io.finish(self._file)
+            if self._file.is_ours:
+                self._io.finish(self._file)
             self._file.remove()
             self._file = None
