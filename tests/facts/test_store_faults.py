@@ -94,19 +94,29 @@ def test_disk_that_fills_up_while_the_run_writes(tiny_disk: Path, monkeypatch: p
     assert [path.name for path in tiny_disk.iterdir()] == ["other"]
 
 
-def test_limit_on_the_size_of_files(tmp_path: Path) -> None:
-    """In a process of its own: the limit would bind this one, too."""
+def test_limits_of_the_process_on_files_and_on_memory_are_clear_errors(tmp_path: Path) -> None:
+    """In a process of its own: the limits would bind this one, too."""
     code = f"""
 import resource
 from pathlib import Path
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, StorageError
+from shardwise.store.aligned import SlabPool
 from tests.stores import swap_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     with swap_file(Path({str(tmp_path)!r}) / "f", [200_000]):
-        raise SystemExit("it was allocated")
+        raise SystemExit("the file was allocated")
 except ConfigError as error:
     assert "ulimit -f" in str(error), error
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
+SlabPool(2, 1 << 20)
+try:
+    SlabPool(2, 64 << 20)
+except StorageError as error:
+    assert "buffer_count" in str(error)
+else:
+    raise SystemExit("the slabs were allocated")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -225,7 +235,7 @@ def test_disk_that_fails_is_one_error_that_names_file_and_place(
         transfers = [start(extent, 0, slab.memory), start(other, 0, slab.memory)]
         expect_lost(transfers[0].wait, file, f"byte {7 * PAGE_BYTES}", "Input/output error", "system's log")
         expect_lost(file.check, file, "Input/output error")
-        expect_lost(lambda: start(other, 0, slab.memory).wait(), file, "Input/output error")
+        expect_lost(lambda: start(other, 0, slab.memory), file, "Input/output error")
 
 
 def test_failed_write_is_not_followed_by_a_read_of_old_bytes(
@@ -303,25 +313,6 @@ def test_process_that_gets_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_memory_that_the_system_has_not_is_one_clear_error() -> None:
     with pytest.raises(StorageError, match="host memory could not be had"):
         Slab.allocate(1 << 60)
-
-
-def test_memory_limit_is_one_clear_error() -> None:
-    code = """
-import resource
-from shardwise.errors import StorageError
-from shardwise.store.aligned import SlabPool
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
-SlabPool(2, 1 << 20)
-try:
-    SlabPool(2, 64 << 20)
-except StorageError as error:
-    assert "buffer_count" in str(error)
-else:
-    raise SystemExit("it was allocated")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_path_that_exists_is_never_overwritten(tmp_path: Path) -> None:
