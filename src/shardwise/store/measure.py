@@ -7,14 +7,19 @@ in place of arithmetic.
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardwise.errors import StorageError
 from shardwise.store.aligned import Slab, SlabPool
-from shardwise.store.base import Store, Transfer
+from shardwise.store.base import Extent, Store, Transfer
 from shardwise.store.chunk_stream import Chunk, ChunkStream
 
 
@@ -47,70 +52,61 @@ class _Deadline:
 
 def one_way(store: Store, chunks: Sequence[Chunk], slabs: SlabPool, writes: bool, most_seconds: float) -> Speed:
     """Read or write whole chunks, in order, all slabs under way at once."""
-    start = store.start_write if writes else store.start_read
-
-    def transfers(ring: list[Slab]) -> Iterator[Transfer]:
-        for index, chunk in enumerate(chunks):
-            size = chunk.extent.num_bytes
-            yield start(chunk.extent, 0, ring[index % len(ring)].bytes(0, size))
-
-    return _keep_going([transfers], slabs, chunks, most_seconds)
-
-
-def both_ways(store: Store, chunks: Sequence[Chunk], slabs: SlabPool, most_seconds: float) -> Speed:
-    """Read the chunks in order and write the same number, half a file away, in memory of their own."""
-    half = len(chunks) // 2
-
-    def reads(ring: list[Slab]) -> Iterator[Transfer]:
-        for index, chunk in enumerate(chunks):
-            yield store.start_read(chunk.extent, 0, ring[index % len(ring)].bytes(0, chunk.extent.num_bytes))
-
-    def writes(ring: list[Slab]) -> Iterator[Transfer]:
-        for index in range(len(chunks)):
-            extent = chunks[(index + half) % len(chunks)].extent
-            yield store.start_write(extent, 0, ring[index % len(ring)].bytes(0, extent.num_bytes))
-
-    return _keep_going([reads, writes], slabs, chunks, most_seconds)
-
-
-def _keep_going(
-    directions: Sequence[Callable[[list[Slab]], Iterator[Transfer]]],
-    slabs: SlabPool,
-    chunks: Sequence[Chunk],
-    most_seconds: float,
-) -> Speed:
-    """Keep transfers of every direction under way, each direction in its own share of the slabs."""
-    taken = [slabs.take() for _ in range(slabs.num_free)]
-    share = len(taken) // len(directions)
-    lanes = [direction(taken[at * share : (at + 1) * share]) for at, direction in enumerate(directions)]
-    under_way: list[list[Transfer]] = [[] for _ in lanes]
-    moved = 0
-    deadline = _Deadline(most_seconds)
+    ring = [slabs.take() for _ in range(slabs.num_free)]
     try:
-        while lanes:
-            for lane, pending in zip(lanes, under_way, strict=True):
-                while len(pending) < share and not deadline.passed and (transfer := next(lane, None)) is not None:
-                    pending.append(transfer)
-            if not any(under_way):
-                break
-            for pending in under_way:
-                if pending:
-                    pending.pop(0).wait()
-                    moved += 1
-        return Speed(moved * chunks[0].extent.num_bytes, deadline.elapsed)
+        return _keep_going(store.start_write if writes else store.start_read, chunks, ring, most_seconds)
     finally:
-        for transfer in (transfer for pending in under_way for transfer in pending):
-            transfer.wait()
-        for slab in taken:
+        for slab in ring:
             slabs.give_back(slab)
 
 
-def stream(
-    store: Store, chunks: Sequence[Chunk], slabs: SlabPool, work_seconds: float = 0.0, most_chunks: int | None = None
+def both_ways(store: Store, chunks: Sequence[Chunk], slabs: SlabPool) -> Speed:
+    """Read the chunks in order, and meanwhile write them all, half of them away and in memory of their own."""
+    ring = [slabs.take() for _ in range(slabs.num_free)]
+    half = len(chunks) // 2
+    elsewhere = [*chunks[half:], *chunks[:half]]
+    begin = time.perf_counter()
+    try:
+        with ThreadPoolExecutor(1) as beside:
+            writing = beside.submit(_keep_going, store.start_write, elsewhere, ring[::2], math.inf)
+            reads = _keep_going(store.start_read, chunks, ring[1::2], math.inf)
+            writes = writing.result()
+        return Speed(reads.num_bytes + writes.num_bytes, time.perf_counter() - begin)
+    finally:
+        for slab in ring:
+            slabs.give_back(slab)
+
+
+def _keep_going(
+    start: Callable[[Extent, int, memoryview], Transfer],
+    chunks: Sequence[Chunk],
+    ring: Sequence[Slab],
+    most_seconds: float,
 ) -> Speed:
+    """Keep one transfer of each slab under way; start none after ``most_seconds``."""
+    deadline = _Deadline(most_seconds)
+    under_way: deque[Transfer] = deque()
+    moved = 0
+    try:
+        for index, chunk in enumerate(chunks):
+            if deadline.passed:
+                break
+            if len(under_way) == len(ring):
+                under_way.popleft().wait()
+            under_way.append(start(chunk.extent, 0, ring[index % len(ring)].bytes(0, chunk.extent.num_bytes)))
+            moved += chunk.extent.num_bytes
+        while under_way:
+            under_way.popleft().wait()
+        return Speed(moved, deadline.elapsed)
+    finally:
+        for transfer in under_way:
+            with suppress(StorageError):
+                transfer.wait()
+
+
+def stream(store: Store, chunks: Sequence[Chunk], slabs: SlabPool, work_seconds: float = 0.0) -> Speed:
     """The optimizer's pattern; each chunk's work is a pause of ``work_seconds``. Counts bytes read and written."""
     begin = time.perf_counter()
-    chunks = chunks[:most_chunks]
     ChunkStream(store, slabs).run(chunks, lambda index, slab: time.sleep(work_seconds) if work_seconds else None)
     num_bytes = sum(2 * chunk.extent.num_bytes - chunk.write_begin for chunk in chunks)
     return Speed(num_bytes, time.perf_counter() - begin)

@@ -132,16 +132,15 @@ class _Bench:
         best = choose(cells)
         self._progress("through the page cache", 0.7)
         page_cache_read, page_cache_write = self._through_page_cache(directory.file("page_cache"))
+        chunks = self._chunks[: max(2 * NUM_SLABS, int(_STREAM_SECONDS / (CHUNK_BYTES * best.seconds_a_byte)))]
         with self._threads(best.block_size, best.queue_depth):
             self._progress("both ways at once", 0.8)
-            both_ways = measure.both_ways(self._file, self._chunks, self._slabs, _STREAM_SECONDS)
-            num_chunks = int(_STREAM_SECONDS * both_ways.bytes_per_second / (2 * CHUNK_BYTES)) + 2 * NUM_SLABS
+            both_ways = measure.both_ways(self._file, chunks, self._slabs)
             self._progress("the optimizer's pattern", 0.87)
-            stream = measure.stream(self._file, self._chunks, self._slabs, most_chunks=num_chunks)
-            num_chunks = min(num_chunks, len(self._chunks))
+            stream = measure.stream(self._file, chunks, self._slabs)
             self._progress("the optimizer's pattern beside arithmetic", 0.93)
-            work_seconds = stream.seconds / num_chunks * _WORK_LONGER_BY
-            beside = measure.stream(self._file, self._chunks, self._slabs, work_seconds, num_chunks)
+            work_seconds = stream.seconds / len(chunks) * _WORK_LONGER_BY
+            beside = measure.stream(self._file, chunks, self._slabs, work_seconds)
         return Survey(
             path=str(directory.home.parent),
             num_bytes=len(self._chunks) * CHUNK_BYTES,
@@ -152,7 +151,7 @@ class _Bench:
             page_cache_write=page_cache_write.bytes_per_second,
             both_ways=both_ways.bytes_per_second,
             stream=stream.bytes_per_second,
-            work_busy=work_seconds * num_chunks / beside.seconds,
+            work_busy=work_seconds * len(chunks) / beside.seconds,
         )
 
     def _grid(self) -> tuple[Cell, ...]:
