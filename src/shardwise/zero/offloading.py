@@ -17,6 +17,7 @@ from shardwise.errors import ConfigError, StateError, StorageError
 from shardwise.layout import Layout
 from shardwise.optim.probe import OptimizerTraits
 from shardwise.precision import master_dtype
+from shardwise.store.allocator import return_freed_memory
 from shardwise.store.base import Store
 from shardwise.store.direct_io import DirectIO
 from shardwise.store.host_memory import HostMemory
@@ -216,6 +217,8 @@ class Offloading:
         for store in self._stores():
             store.allocate()
         if isinstance(self._parameter_store, SwapFile):
+            if self._comm.device.type == "cpu":
+                return_freed_memory()
             num_bytes, numel = self._largest_shard
             most = self._parameter.buffer_count * self._parameter.buffer_size // max(1, numel)
             num_slabs = max(2, min(self._parameter.buffer_count, most))
