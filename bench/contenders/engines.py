@@ -7,6 +7,7 @@ import importlib.util
 import io
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -20,6 +21,9 @@ from bench.contenders.base import Contender
 from bench.workload import Workload
 
 # Both libraries are optional here and DeepSpeed has no types: an engine is Any, used by three methods only.
+
+NVME_PATH = "SHARDWISE_BENCH_NVME"
+"""Names the directory of files, for ranks that are started by name."""
 
 ZeroBlock = Callable[[Workload], dict[str, Any]]
 """Gives the JSON's ``zero_optimization`` block."""
@@ -87,6 +91,15 @@ def _config(workload: Workload, zero: dict[str, Any]) -> dict[str, Any]:
 def _defaults(stage: int, workload: Workload) -> dict[str, Any]:
     """The stage with the engine's own defaults."""
     return {"stage": stage}
+
+
+def _offloaded(stage: int, parameters: str, optimizer: str, workload: Workload) -> dict[str, Any]:
+    """States off the device; files lie where ``bench.offload`` is told to put them."""
+    place = {"nvme_path": os.environ.get(NVME_PATH, tempfile.gettempdir())}
+    block: dict[str, Any] = {"stage": stage, "offload_optimizer": {"device": optimizer, **place}}
+    if stage == 3:
+        block["offload_param"] = {"device": parameters, **place}
+    return block
 
 
 def _sized_by_width(workload: Workload) -> dict[str, Any]:
@@ -169,6 +182,31 @@ CONTENDERS = (
         partial(_build_deepspeed, zero=_sized_by_width),
         _deepspeed_reason_to_skip,
         _prepare_deepspeed,
+    ),
+    *(
+        Contender(
+            f"deepspeed{stage}_cpu",
+            f"DeepSpeed stage {stage}, optimizer (and parameters at stage 3) in host memory",
+            partial(_build_deepspeed, zero=partial(_offloaded, stage, "cpu", "cpu")),
+            _deepspeed_reason_to_skip,
+            _prepare_deepspeed,
+        )
+        for stage in (2, 3)
+    ),
+    *(
+        Contender(
+            f"shardwise{stage}_{name}",
+            f"shardwise stage {stage}, {words}",
+            partial(_build_shardwise, zero=partial(_offloaded, stage, parameters, optimizer)),
+            _shardwise_reason_to_skip,
+            _prepare_shardwise,
+        )
+        for stage, name, words, parameters, optimizer in (
+            (2, "cpu", "optimizer in host memory", "none", "cpu"),
+            (3, "cpu", "optimizer and parameters in host memory", "cpu", "cpu"),
+            (2, "nvme", "optimizer in a file", "none", "nvme"),
+            (3, "nvme", "optimizer and parameters in files", "nvme", "nvme"),
+        )
     ),
     *(
         Contender(

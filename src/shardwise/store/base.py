@@ -99,6 +99,9 @@ class Traffic:
 class Transfer(ABC):
     """A read or write under way."""
 
+    in_order = True
+    """Whether later transfers of the store that touch the same memory wait for this one by themselves."""
+
     @property
     @abstractmethod
     def done(self) -> bool:

@@ -11,7 +11,9 @@ from shardwise.store.base import Done, Transfer
 
 
 class _Reached(Transfer):
-    """The moment at which a GPU's stream has done what it was given so far."""
+    """The moment at which a GPU's stream has done what it was given so far; stores know nothing of it."""
+
+    in_order = False
 
     def __init__(self, event: torch.cuda.Event) -> None:
         self._event = event

@@ -145,7 +145,7 @@ class OffloadedParameters:
     def _read(self, span: Span, out: torch.Tensor) -> None:
         """Fill ``out`` [span] with elements of the shard."""
         for at, part in self._parts(span):
-            slab = self._place.staging().take()
+            slab = self._place.staging().take_to_read()
             try:
                 num_bytes = part.numel * self._dtype.itemsize
                 self._place.store.read(self._place.extent, at, slab.bytes(0, num_bytes))
@@ -192,9 +192,9 @@ class OffloadedParameters:
         return True
 
     def _start_near(self) -> None:
-        if not self._place.staging().num_unheld:
+        if not self._place.staging().num_free:
             self._place.near.make_room()
-        slab = self._place.staging().take()
+        slab = self._place.staging().take_to_read()
         memory = slab.bytes(0, self.master_span.numel * self._dtype.itemsize)
         self._near = _Near(slab, self._place.store.start_read(self._place.extent, 0, memory))
         self._place.near.add(self)

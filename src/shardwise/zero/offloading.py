@@ -292,8 +292,8 @@ class Offloading:
 
     @property
     def depth(self) -> int:
-        """Windows of optimizer states that are brought in ahead of the one that is stepped."""
-        return 1 if self._state_staging is None else max(1, self._state_staging.num_slabs - 2)
+        """Windows of optimizer states in memory at a time: one that is stepped, the others on their way in."""
+        return 1 if self._state_staging is None else self._state_staging.num_slabs
 
     def check(self) -> None:
         """At a boundary: nothing failed, and nobody touched the files.

@@ -173,7 +173,7 @@ class ShardStates:
         if memory is not None:
             # Gradients may still be on their way from the device.
             return Loaded(self.plan, window, memory, [self._beside.end()])
-        slab = self._staging().take()
+        slab = self._staging().take_to_read()
         end = self._end(kinds, window)
         return Loaded(self.plan, window, slab, [self._store.start_read(window.extent, 0, slab.bytes(0, end))])
 
@@ -218,7 +218,7 @@ class ShardStates:
                     target.copy_(memory.tensor(dtype, begin, common.numel), non_blocking=True)
                 self._beside.join()
                 continue
-            slab = self._staging().take()
+            slab = self._staging().take_to_read()
             try:
                 self._store.read(extent, begin, slab.bytes(0, num_bytes))
                 target.copy_(slab.tensor(dtype, 0, common.numel))

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from shardwise.errors import StateError
 from shardwise.store.aligned import Slab, SlabPool
 from shardwise.store.base import Transfer
 
 
 class Staging:
-    """A few slabs, allocated once; each is taken again when what was written from it has arrived."""
+    """A few slabs, allocated once, that go round: the one that was given back first is taken next."""
 
     def __init__(self, num_slabs: int, slab_bytes: int, pin: bool) -> None:
         self._pool = SlabPool(num_slabs, slab_bytes, pin)
-        self._leaving: deque[tuple[Slab, Sequence[Transfer]]] = deque()
+        self._free: deque[tuple[Slab, Sequence[Transfer]]] = deque((self._pool.take(), ()) for _ in range(num_slabs))
 
     @property
     def num_slabs(self) -> int:
@@ -33,56 +34,55 @@ class Staging:
 
     @property
     def num_free(self) -> int:
-        """Slabs that nobody holds and nothing is written from."""
-        self._collect()
-        return self._pool.num_free
-
-    @property
-    def num_unheld(self) -> int:
-        """Slabs that ``take`` can give, now or when what is written from them has arrived."""
-        return self._pool.num_free + len(self._leaving)
+        """Slabs that nobody holds, though something may still be written from them."""
+        return len(self._free)
 
     def take(self) -> Slab:
-        """A slab; waits for the write that was started first where none is free.
+        """A slab whose memory nobody uses any more: waits for what is written from it.
 
         Raises:
             StateError: all slabs are held.
-            StorageError: that write failed.
+            StorageError: what was written did not arrive.
         """
-        self._collect()
-        if not self._pool.num_free and self._leaving:
-            self._finish_first()
-        return self._pool.take()
+        slab, leaving = self._pop()
+        try:
+            for transfer in leaving:
+                transfer.wait()
+        except BaseException:
+            self._free.append((slab, ()))
+            raise
+        return slab
+
+    def take_to_read(self) -> Slab:
+        """A slab that a store may read into at once: it does so when what is written from it has arrived."""
+        slab, leaving = self._pop()
+        for transfer in leaving:
+            if not transfer.in_order:
+                transfer.wait()
+        return slab
+
+    def _pop(self) -> tuple[Slab, Sequence[Transfer]]:
+        if not self._free:
+            raise StateError(f"all {self.num_slabs} slabs are held: one was not given back.")
+        return self._free.popleft()
 
     def give_back(self, slab: Slab, after: Sequence[Transfer] = ()) -> None:
-        """Let others have it, once the transfers ``after`` have ended."""
-        if after:
-            self._leaving.append((slab, after))
-        else:
-            self._pool.give_back(slab)
+        """Let others have it. ``after``: transfers from its memory that are under way."""
+        self._free.append((slab, after))
 
     def drain(self) -> None:
-        """Return when everything that was started has arrived.
+        """Return when everything that was started from slabs that are given back has arrived.
 
         Raises:
             StorageError: something did not.
         """
-        while self._leaving:
-            self._finish_first()
-
-    def _collect(self) -> None:
-        while self._leaving and all(transfer.done for transfer in self._leaving[0][1]):
-            self._finish_first()
-
-    def _finish_first(self) -> None:
-        slab, transfers = self._leaving.popleft()
-        try:
-            for transfer in transfers:
+        for _, leaving in self._free:
+            for transfer in leaving:
                 transfer.wait()
-        finally:
-            self._pool.give_back(slab)
 
     def close(self) -> None:
         """Free the slabs; no transfer is under way any more."""
-        self._leaving.clear()
+        for slab, _ in self._free:
+            self._pool.give_back(slab)
+        self._free.clear()
         self._pool.close()

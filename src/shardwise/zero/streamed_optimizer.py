@@ -50,7 +50,7 @@ class StreamedOptimizer(ShardedOptimizer):
         traits: what ``probe_optimizer`` measured.
         units: all units.
         max_run_numel: elements that one run may hold.
-        depth: windows that are brought in ahead of the one that is stepped.
+        depth: windows in memory at a time: one that is stepped, the others on their way in.
     """
 
     def __init__(
