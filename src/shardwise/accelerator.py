@@ -37,7 +37,6 @@ from shardwise.checkpoint.model import Wishes
 from shardwise.checkpointing import (
     Prepared,
     Registered,
-    input_folder,
     load_state,
     output_folder,
     save_state,
@@ -866,7 +865,8 @@ class Accelerator:
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
         allow_pickle: Collection[str] = (),
-    ) -> None:
+        missing_ok: bool = False,
+    ) -> bool:
         """Go on where ``save_state`` was called, also with another number of ranks or stage. Collective.
 
         Args:
@@ -877,17 +877,21 @@ class Accelerator:
             load_lr_scheduler_states: also the schedulers'.
             load_module_only: nothing but parameters and buffers.
             allow_pickle: places that may be unpickled: that runs code of whoever wrote the checkpoint.
+            missing_ok: where no checkpoint was ever completed, change nothing: for a script that may be started again.
+
+        Returns:
+            Whether there was a checkpoint; without ``missing_ok`` that there was none is an error.
 
         Raises:
             CheckpointError: other things are prepared than were saved, or a file is damaged; nothing was changed then.
         """
         if load_kwargs:
-            self.load_state(input_dir, **load_kwargs)
-            return
+            return self.load_state(input_dir, **{"missing_ok": missing_ok, **load_kwargs})
         full = not load_module_only
         wishes = Wishes(full and load_optimizer_states, full and load_lr_scheduler_states, load_module_strict)
-        folder = input_folder(input_dir, self.project_configuration)
-        load_state(self._prepared(), folder, self.project_configuration, wishes, load_module_only, allow_pickle)
+        return load_state(
+            self._prepared(), input_dir, self.project_configuration, wishes, load_module_only, allow_pickle, missing_ok
+        )
 
     def _prepared(self) -> Prepared:
         return Prepared(

@@ -24,7 +24,7 @@ from shardwise import operations, roll_call
 from shardwise.accumulation import GradientState
 from shardwise.checkpoint import randomness
 from shardwise.checkpoint.engine import EngineMeeting, save_by
-from shardwise.checkpoint.load import Checkpoint, load, locate
+from shardwise.checkpoint.load import load, locate, open_together
 from shardwise.checkpoint.manifest import MANIFEST, find_tag
 from shardwise.checkpoint.model import Wishes
 from shardwise.checkpoint.save import Background, Content, Meeting, Place, agree
@@ -191,19 +191,11 @@ def output_folder(output_dir: str | os.PathLike[str] | None, project: ProjectCon
 
 
 def input_folder(input_dir: str | os.PathLike[str] | None, project: ProjectConfiguration) -> Path:
-    """Where ``load_state`` reads.
-
-    Raises:
-        ConfigError: nobody says where, or there is nothing.
-    """
+    """Where ``load_state`` reads; where all automatic names are, if no checkpoint has one yet."""
     if input_dir is not None:
         return Path(input_dir)
-    if not project.automatic_checkpoint_naming:
-        raise ConfigError("load_state() got no directory. Pass the one that was given to save_state().")
     folders = automatic_folders(project)
-    if not folders:
-        raise CheckpointError(f"load_state() found no complete checkpoint in {_base(project)}.")
-    return folders[-1][1]
+    return folders[-1][1] if folders else _base(project)
 
 
 # --- saving and loading -----------------------------------------------------------------------------------------------
@@ -263,28 +255,41 @@ def _remove_oldest(project: ProjectConfiguration, limit: int) -> None:
 
 def load_state(
     prepared: Prepared,
-    folder: Path,
+    input_dir: str | os.PathLike[str] | None,
     project: ProjectConfiguration,
     wishes: Wishes,
     module_only: bool,
     allow_pickle: Collection[str],
-) -> None:
+    missing_ok: bool,
+) -> bool:
     """Go on where ``save_state`` was called, also in a world of another size. Collective.
 
+    Returns:
+        Whether there was a checkpoint; False only with ``missing_ok``.
+
     Raises:
+        ConfigError: nobody says where.
         CheckpointError: other things are prepared than were saved, or a file is damaged; nothing was changed then.
     """
+    if input_dir is None and not project.automatic_checkpoint_naming:
+        raise ConfigError("load_state() got no directory. Pass the one that was given to save_state().")
+    if input_dir is None:
+        _base(project)
     roll_call.answer("load_state")
-    prepared.registered.background.finish(prepared.meeting)
-    own = locate(folder, None)
-    if own is None:
+    meeting = prepared.meeting
+    prepared.registered.background.finish(meeting)
+    opened = open_together(lambda: locate(input_folder(input_dir, project), None), meeting)
+    if opened is None and missing_ok:
+        return False
+    if opened is None:
         raise CheckpointError(
-            f"{folder} holds no complete checkpoint. Pass the directory that was given to save_state."
+            f"{input_folder(input_dir, project)} holds no complete checkpoint. Pass the directory that was given to "
+            "save_state, or missing_ok=True where a run may be the first one."
         )
+    folder = opened.directory.parent
     for hook in list(prepared.registered.load_hooks.values()):
         hook(list(prepared.engines), str(folder))
-    meeting = prepared.meeting
-    with Checkpoint(own) as checkpoint:
+    with opened as checkpoint:
         world = checkpoint.manifest.world
         rank = meeting.rank if world == meeting.size else 0
         _compare("model", len(checkpoint.manifest.models), len(prepared.engines))
@@ -306,6 +311,7 @@ def load_state(
         _take(prepared, shared, of_rank, own_random=world == meeting.size, schedulers=wishes.scheduler)
     if project.automatic_checkpoint_naming and (match := _AUTOMATIC.fullmatch(folder.name)):
         project.iteration = max(project.iteration, int(match[1]) + 1)
+    return True
 
 
 def _check_kept(shared: Any, of_rank: Any, prepared: Prepared) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from shardwise import roll_call
 from shardwise.checkpoint import export, randomness
-from shardwise.checkpoint.load import Checkpoint, load, locate, logger
+from shardwise.checkpoint.load import load, locate, logger, open_together
 from shardwise.checkpoint.model import IncompatibleKeys, Trained, Wishes
 from shardwise.checkpoint.save import Background, Content, Meeting, Place, save
 from shardwise.checkpoint.zero_to_fp32 import parse_size
@@ -95,13 +95,14 @@ def load_engine(
 ) -> Loaded | None:
     """Read one model; None where no checkpoint was ever completed in ``directory``. Collective."""
     roll_call.answer(f"load_checkpoint(tag={tag!r})")
-    own = locate(Path(directory), tag)
-    if own is None:
+    meeting = EngineMeeting(trained.comm, trained.counters["global_steps"])
+    opened = open_together(lambda: locate(Path(directory), tag), meeting)
+    if opened is None:
         if trained.comm.rank == 0:
             logger.warning("there is no checkpoint in %s: nothing was loaded.", directory)
         return None
-    meeting = EngineMeeting(trained.comm, trained.counters["global_steps"])
-    with Checkpoint(own) as checkpoint:
+    with opened as checkpoint:
+        own = checkpoint.directory
 
         def more() -> tuple[Any, Any]:
             shared = checkpoint.shared(allow_pickle)

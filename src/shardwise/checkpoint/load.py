@@ -124,6 +124,31 @@ def locate(directory: Path, tag: str | None) -> Path | None:
     return own
 
 
+def open_together(find: Callable[[], Path | None], meeting: Meeting) -> Checkpoint | None:
+    """Open on every rank what ``find`` has found, or on none. Collective.
+
+    Raises:
+        CheckpointError: on some rank it is not to be read; or ranks have found different ones.
+    """
+    opened: list[Checkpoint] = []
+
+    def look() -> str | None:
+        own = find()
+        if own is None:
+            return None
+        opened.append(Checkpoint(own))
+        return f"{own.name} {opened[0].manifest.save_id}"
+
+    said = agree(meeting, "the checkpoint to be loaded", look)
+    other = next((rank for rank, found in enumerate(said) if found != said[0]), None)
+    if other is not None:
+        raise CheckpointError(
+            f"rank 0 has found {said[0] or 'no checkpoint'} where rank {other} has found {said[other] or 'none'}: "
+            "expected one directory that all machines share."
+        )
+    return opened[0] if opened else None
+
+
 def load(
     checkpoint: Checkpoint,
     models: list[Trained],
@@ -135,7 +160,7 @@ def load(
     """Read ``models`` from the checkpoint. Collective.
 
     Args:
-        checkpoint: open.
+        checkpoint: open, the same on all ranks.
         models: as many as it has, or fewer.
         wishes: what of them.
         meeting: of all ranks.
@@ -150,17 +175,14 @@ def load(
     """
     found: list[tuple[list[Loading], Any]] = []
 
-    def check() -> str:
+    def check() -> None:
         same_world = checkpoint.manifest.world == meeting.size
         loadings = [
             Loading(checkpoint.model(index), trained, wishes, same_world) for index, trained in enumerate(models)
         ]
         found.append((loadings, more()))
-        return checkpoint.manifest.save_id
 
-    ids = agree(meeting, "what a load has found", check)
-    if len(set(ids)) > 1:
-        raise CheckpointError(f"ranks read different checkpoints under {checkpoint.directory}: expected one directory.")
+    agree(meeting, "what a load has found", check)
     loadings, extra = found[0]
     for loading in loadings:
         loading.install(step)
