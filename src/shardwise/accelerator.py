@@ -905,6 +905,7 @@ class Accelerator:
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Let everything go that was prepared, and ``objects``, of which Nones are returned in their place."""
+        self._registered.background.close()
         for engine in self._models:
             engine.close()
         self._models, self._optimizers, self._schedulers, self._dataloaders = [], [], [], []
@@ -919,7 +920,7 @@ class Accelerator:
 
     def end_training(self) -> None:
         """Finish the trackers and end the process group: the last thing that a script does."""
-        self._registered.background.join()
+        self._registered.background.close()
         self._trackers.finish()
         self.state.destroy_process_group()
 

@@ -234,7 +234,8 @@ def save_state(
         exclude_frozen=exclude_frozen,
         root=ROOT,
     )
-    save_by(prepared.registered.background, async_save, Place(folder, TAG), content, meeting)
+    place = Place(folder, TAG, claimed=_base(project) if project.automatic_checkpoint_naming else None)
+    save_by(prepared.registered.background, async_save, place, content, meeting)
     if project.automatic_checkpoint_naming:
         project.iteration += 1
         if project.total_limit is not None:

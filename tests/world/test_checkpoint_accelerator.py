@@ -165,7 +165,7 @@ def hooks_and_names(project: str) -> None:
             run.train(1)
             accelerator.save_state()
         base = Path(project) / "checkpoints"
-        assert sorted(path.name for path in base.iterdir()) == ["checkpoint_2", "checkpoint_3"]
+        assert sorted(path.name for path in base.glob("checkpoint_*")) == ["checkpoint_2", "checkpoint_3"]
         handle.remove()
         run.train(2)
         run.resume()

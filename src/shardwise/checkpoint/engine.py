@@ -82,7 +82,7 @@ def save_by(background: Background, async_save: bool, place: Place, content: Con
         background.start(place, content, meeting)
     else:
         background.finish(meeting)
-        save(place, content, meeting)
+        save(place, content, meeting, background.claims)
 
 
 def load_engine(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import secrets
 import threading
 import time
@@ -25,11 +26,14 @@ from typing import Any, Protocol
 import torch
 
 from shardwise.checkpoint import manifest as manifests
+from shardwise.checkpoint.claim import Claims
 from shardwise.checkpoint.manifest import Manifest, ModelRecord
 from shardwise.checkpoint.model import Part, Trained, merge, owners_of_buffers
 from shardwise.checkpoint.shard_file import Entry, FileRecord, write_shard_file
 from shardwise.checkpoint.tree import encode
 from shardwise.errors import CheckpointError, ShardwiseError
+
+logger = logging.getLogger(__name__)
 
 SCRIPT = "zero_to_fp32.py"
 PATIENCE_SECONDS = 300.0
@@ -77,6 +81,8 @@ class Place:
     save_latest: bool = True
     keep_last: int | None = None
     """How many checkpoints of the directory stay."""
+    claimed: Path | None = None
+    """Where no other run may save while this one lives; default: ``directory``."""
 
     @property
     def own_directory(self) -> Path:
@@ -84,13 +90,20 @@ class Place:
         return self.directory / self.tag
 
 
-def save(place: Place, content: Content, meeting: Meeting) -> None:
+def save(place: Place, content: Content, meeting: Meeting, claims: Claims | None = None) -> None:
     """Write a checkpoint. Collective.
 
+    Args:
+        place: where.
+        content: what.
+        meeting: of all ranks.
+        claims: keep other runs from saving there, from now on; None: only while this save lasts.
+
     Raises:
-        CheckpointError: something cannot be kept, or the disk does not take it; what was there before still is.
+        CheckpointError: something cannot be kept, or the disk does not take it, or another run saves there; what was
+            there before still is.
     """
-    _Save(place, content, meeting).run()
+    _Save(place, content, meeting, claims or Claims()).run()
 
 
 class Background:
@@ -101,6 +114,7 @@ class Background:
     """
 
     def __init__(self) -> None:
+        self.claims = Claims()
         self._saving: _Save | None = None
         self._thread: threading.Thread | None = None
 
@@ -111,7 +125,7 @@ class Background:
             CheckpointError: something cannot be kept; or the save before this one failed.
         """
         self.finish(meeting)
-        self._saving = _Save(place, content, meeting)
+        self._saving = _Save(place, content, meeting, self.claims)
         self._saving.copy_to_host()
         # No daemon: a script that ends waits for its last checkpoint.
         self._thread = threading.Thread(target=self._saving.run_beside_training, name="shardwise-save")
@@ -134,13 +148,19 @@ class Background:
             self._thread.join()
         self._thread = self._saving = None
 
+    def close(self) -> None:
+        """Return when this rank has nothing more to do with any save; other runs may then save where this one did."""
+        self.join()
+        self.claims.release()
+
 
 class _Save:
     """One save as this rank does it."""
 
-    def __init__(self, place: Place, content: Content, meeting: Meeting) -> None:
+    def __init__(self, place: Place, content: Content, meeting: Meeting, claims: Claims) -> None:
         self._place = place
         self._meeting = meeting
+        self._claims = claims
         self._gather(content)
 
     # --- gather
@@ -180,6 +200,7 @@ class _Save:
     def _prepare_directory(self) -> None:
         own = self._place.own_directory
         own.mkdir(parents=True, exist_ok=True)
+        self._claims.take(self._place.claimed or self._place.directory)
         manifests.sync_directory(own.parent)
         named = _names_of(own)
         manifests.remove_files(own, keep=named)
@@ -214,6 +235,8 @@ class _Save:
                 self._commit([self._await_note(rank) for rank in range(self._meeting.size)])
         except Exception as error:  # of a thread nobody would hear
             self._failure = error
+        if self._failure is not None:  # said at once as well: a script may end without another call
+            logger.error("the checkpoint %s was not completed: %s", self._place.own_directory, self._failure)
 
     def raise_failure(self) -> None:
         """What went wrong beside training."""

@@ -736,7 +736,7 @@ class Engine(nn.Module):
         if self._closed:
             return
         self._closed = True
-        self._background.join()
+        self._background.close()
         self._hooks.remove()
         self._state_dict_guard.remove()
         if self._step is not None:

@@ -1,0 +1,77 @@
+"""One run at a time writes to a directory: two that live at once would remove each other's files and mix their saves.
+
+The claim is a lock of the system on a small file, so it ends with its process, however that ends. Where a file system
+has no locks, nothing is claimed and nothing is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from shardwise.errors import CheckpointError
+
+CLAIM = ".claimed"
+_MAX_NAME_BYTES = 300
+
+
+class Claims:
+    """The directories that this process has claimed, until ``release``."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def take(self, directory: Path) -> None:
+        """Claim ``directory``, if this was not done before; the same process may claim it any number of times.
+
+        Raises:
+            CheckpointError: a process that still lives has claimed it.
+            OSError: the directory cannot be written to.
+        """
+        if directory in self._descriptors:
+            return
+        try:
+            descriptor = os.open(directory / CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except PermissionError:
+            return  # another user's file: nothing to lock; whether one may write there the save will see
+        try:
+            if _lock(descriptor):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                os.fsync(descriptor)
+        except BlockingIOError:
+            holder = os.pread(descriptor, _MAX_NAME_BYTES, 0).decode(errors="replace") or "unknown"
+            os.close(descriptor)
+            raise CheckpointError(
+                f"another run that still lives writes its checkpoints to {directory} ({holder}): they would be mixed. "
+                "Give each run a directory of its own, or end that run."
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._descriptors[directory] = descriptor
+
+    def release(self) -> None:
+        """Let others have them."""
+        while self._descriptors:
+            _, descriptor = self._descriptors.popitem()
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock the file for this process; False where its file system has no locks."""
+    try:
+        # A record lock, which forks (the workers of loaders) do not inherit: they may live on for seconds.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # the system may say either
+        raise BlockingIOError from error
+    except OSError:
+        return False
+    return True
