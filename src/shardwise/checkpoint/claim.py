@@ -24,35 +24,40 @@ class Claims:
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
 
-    def take(self, directory: Path) -> None:
+    def take(self, directory: Path) -> bool:
         """Claim ``directory``, if this was not done before; the same process may claim it any number of times.
+
+        Returns:
+            Whether this process is known to be the only one that saves there, and has not done so before.
 
         Raises:
             CheckpointError: a process that still lives has claimed it.
             OSError: the directory cannot be written to.
         """
         if directory in self._descriptors:
-            return
+            return False
         try:
             descriptor = os.open(directory / CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except PermissionError:
-            return  # another user's file: nothing to lock; whether one may write there the save will see
+            return False  # another user's file: nothing to lock; whether one may write there the save will see
+        holder = os.pread(descriptor, _MAX_NAME_BYTES, 0)
+        myself = f"process {os.getpid()} on {socket.gethostname()}".encode()
         try:
-            if _lock(descriptor):
+            is_locked = _lock(descriptor)
+            if is_locked and holder != myself:
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-                os.fsync(descriptor)
+                os.pwrite(descriptor, myself, 0)
         except BlockingIOError:
-            holder = os.pread(descriptor, _MAX_NAME_BYTES, 0).decode(errors="replace") or "unknown"
             os.close(descriptor)
             raise CheckpointError(
-                f"another run that still lives writes its checkpoints to {directory} ({holder}): they would be mixed. "
-                "Give each run a directory of its own, or end that run."
+                f"another run that still lives writes its checkpoints to {directory} ({_text(holder)}): they would be "
+                "mixed. Give each run a directory of its own, or end that run."
             ) from None
         except OSError:
             os.close(descriptor)
             raise
         self._descriptors[directory] = descriptor
+        return is_locked and holder != myself
 
     def release(self) -> None:
         """Let others have them."""
@@ -63,6 +68,10 @@ class Claims:
 
     def __del__(self) -> None:
         self.release()
+
+
+def _text(holder: bytes) -> str:
+    return holder.decode(errors="replace") or "an unknown process"
 
 
 def _lock(descriptor: int) -> bool:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,15 @@ def remove_files(directory: Path, keep: Sequence[str]) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Remove what saves that never ended have left under any tag; call it while nobody else saves there."""
+    for own in directory.iterdir():
+        if own.is_dir() and not own.is_symlink() and not (own / MANIFEST).exists():
+            remove_files(own, keep=())
+            with suppress(OSError):  # something else lies there
+                own.rmdir()
+
+
 def is_ours(name: str) -> bool:
     """Whether a file of that name in a checkpoint's directory was made by a save."""
     return name.endswith(TEMPORARY) or re.fullmatch(r"rank_\d{5,}\.[0-9a-f]{8}\.(safetensors|done)", name) is not None
@@ -271,7 +281,5 @@ def remove_checkpoint(directory: Path) -> None:
     """Remove a checkpoint, its manifest first: what is half removed is none. Files of others stay."""
     (directory / MANIFEST).unlink(missing_ok=True)
     remove_files(directory, keep=())
-    try:
+    with suppress(OSError):  # something else lies there
         directory.rmdir()
-    except OSError:
-        return  # something else lies there

@@ -198,9 +198,11 @@ class _Save:
         self._words = words
 
     def _prepare_directory(self) -> None:
-        own = self._place.own_directory
-        own.mkdir(parents=True, exist_ok=True)
-        self._claims.take(self._place.claimed or self._place.directory)
+        directory, own = self._place.directory, self._place.own_directory
+        directory.mkdir(parents=True, exist_ok=True)
+        if self._claims.take(self._place.claimed or directory):
+            manifests.remove_leftovers(directory)
+        own.mkdir(exist_ok=True)
         manifests.sync_directory(own.parent)
         named = _names_of(own)
         manifests.remove_files(own, keep=named)
