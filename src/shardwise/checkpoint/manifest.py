@@ -265,11 +265,21 @@ def remove_files(directory: Path, keep: Sequence[str]) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove what saves that never ended have left under any tag; call it while nobody else saves there."""
-    for own in directory.iterdir():
-        if own.is_dir() and not own.is_symlink() and not (own / MANIFEST).exists():
+    for own in [path for path in directory.iterdir() if path.is_dir() and not path.is_symlink()]:
+        if not (own / MANIFEST).exists():
             remove_files(own, keep=())
             with suppress(OSError):  # something else lies there
                 own.rmdir()
+        elif _holds_several_saves(own):
+            with suppress(CheckpointError):  # damaged: whose files these are nobody knows
+                remove_files(own, keep=[file.name for file in read_manifest(own).files])
+
+
+def _holds_several_saves(directory: Path) -> bool:
+    """Told by names alone: manifests are long."""
+    ours = [path.name for path in directory.iterdir() if is_ours(path.name)]
+    ids = {name.split(".")[1] for name in ours}
+    return len(ids) > 1 or not all(name.endswith(".safetensors") for name in ours)
 
 
 def is_ours(name: str) -> bool:
