@@ -6,26 +6,19 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from shardwise.checkpoint import save as saving
-from shardwise.checkpoint import shard_file
-from shardwise.checkpoint.load import Checkpoint, locate
-from shardwise.checkpoint.manifest import complete_tags, read_manifest
-from shardwise.checkpoint.save import Background, Content, Place, save
+from shardwise.checkpoint.manifest import complete_tags
+from shardwise.checkpoint.save import Background, Place, save
 from tests.linked_processes import PEER_HAS_DIED, Job, Star
+from tests.shared_saves import KEPT, SIZE, content_of, left_in, many_calls, read
 
-SIZE, TAGS, KEPT = 3, 4, 2
-NUMEL = 30_011
+__all__ = ["many_calls"]
+
+TAGS = 4
 SEED = time.time_ns() % 10**6  # printed; another one each time
-
-
-def value_of(number: int, rank: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1000 * number + rank)
-    return {"number": number, "tensor": torch.randint(0, 100, (NUMEL,), generator=generator)}
+pytestmark = pytest.mark.usefixtures("many_calls")
 
 
 def save_on_and_on(directory: Path, first: int, last: int | None, async_save: bool) -> Callable[..., None]:
@@ -34,7 +27,7 @@ def save_on_and_on(directory: Path, first: int, last: int | None, async_save: bo
     def work(star: Star, say: Callable[[bytes], None]) -> None:
         background, number = Background(), first
         while last is None or number <= last:
-            content = Content([], value_of(number, -1), value_of(number, star.rank))
+            content = content_of(number, star.rank)
             place = Place(directory, f"tag{number % TAGS}", keep_last=KEPT)
             if star.rank == 0:
                 say(b"begun %d" % number)
@@ -48,23 +41,6 @@ def save_on_and_on(directory: Path, first: int, last: int | None, async_save: bo
         background.finish(star)
 
     return work
-
-
-def read(directory: Path, tag: str | None = None) -> int:
-    """The number of the checkpoint, all of which is as it was written; 0 where there is none."""
-    own = locate(directory, tag)
-    if own is None:
-        return 0
-    with Checkpoint(own) as checkpoint:
-        found = checkpoint.shared()
-        number = int(found["number"])
-        assert checkpoint.world == SIZE
-        assert torch.equal(found["tensor"], value_of(number, -1)["tensor"])
-        for rank in range(SIZE):
-            mine = checkpoint.of_rank(rank)
-            assert mine["number"] == number
-            assert torch.equal(mine["tensor"], value_of(number, rank)["tensor"])
-    return number
 
 
 def assert_survives(directory: Path, kills: int, async_save: bool, alone: bool, seed: int) -> None:
@@ -103,27 +79,8 @@ def assert_survives(directory: Path, kills: int, async_save: bool, alone: bool, 
     assert not left_in(directory)
 
 
-def left_in(directory: Path) -> list[Path]:
-    """What is there and belongs to no checkpoint."""
-    left = [path for path in directory.iterdir() if path.name not in (".claimed", "latest", "zero_to_fp32.py")]
-    for tag in complete_tags(directory):
-        left.remove(directory / tag)
-        named = {"manifest.json", *(file.name for file in read_manifest(directory / tag).files)}
-        left += [path for path in (directory / tag).iterdir() if path.name not in named]
-    return [path for each in left for path in (each.iterdir() if each.is_dir() else [each])]
-
-
 WAYS = pytest.mark.parametrize("alone", [False, True], ids=["all", "one"])
 MODES = pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
-
-
-@pytest.fixture(autouse=True)
-def many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small checkpoints of many writes, and no patience with a rank that has died."""
-    monkeypatch.setattr(shard_file, "BLOCK_BYTES", 1 << 13)
-    monkeypatch.setattr("shardwise.checkpoint.manifest.BLOCK_BYTES", 1 << 13)
-    monkeypatch.setattr(saving, "PATIENCE_SECONDS", 0.3)
-    torch.set_num_threads(1)  # forks have no others
 
 
 @WAYS
