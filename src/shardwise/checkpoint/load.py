@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,17 @@ def open_together(find: Callable[[], Path | None], meeting: Meeting) -> Checkpoi
     return opened[0] if opened else None
 
 
+@contextmanager
+def _as_saved(directory: Path) -> Iterator[None]:
+    """What a manifest holds has the form of one, and yet may make no sense to who has to read it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{directory} does not hold what was saved: {type(error).__name__} {error}.") from error
+
+
 def load(
     checkpoint: Checkpoint,
     models: list[Trained],
@@ -177,13 +189,15 @@ def load(
 
     def check() -> None:
         same_world = checkpoint.manifest.world == meeting.size
-        loadings = [
-            Loading(checkpoint.model(index), trained, wishes, same_world) for index, trained in enumerate(models)
-        ]
-        found.append((loadings, more()))
+        with _as_saved(checkpoint.directory):
+            loadings = [
+                Loading(checkpoint.model(index), trained, wishes, same_world) for index, trained in enumerate(models)
+            ]
+            found.append((loadings, more()))
 
     agree(meeting, "what a load has found", check)
     loadings, extra = found[0]
-    for loading in loadings:
-        loading.install(step)
+    with _as_saved(checkpoint.directory):
+        for loading in loadings:
+            loading.install(step)
     return [loading.keys for loading in loadings], extra

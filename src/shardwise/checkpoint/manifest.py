@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shardwise.checkpoint import checked
 from shardwise.checkpoint.shard_file import BLOCK_BYTES, FileRecord
 from shardwise.errors import CheckpointError
 
@@ -136,10 +139,11 @@ def read_manifest(directory: Path) -> Manifest:
         )
     try:
         return _from_json(json.loads(body), path)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, IndexError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is no manifest of shardwise: {type(error).__name__} {error}.") from error
+        why = str(error) if type(error) is ValueError else f"{type(error).__name__} {str(error)[:80]}"
+        raise CheckpointError(f"{path} is no manifest of shardwise: {why[:200]}.") from error
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
@@ -158,32 +162,94 @@ def _model_to_json(model: ModelRecord) -> dict[str, Any]:
     return {**plain, "parameters": {name: vars(record) for name, record in model.parameters.items()}}
 
 
-def _from_json(data: dict[str, Any], path: Path) -> Manifest:
-    if data["format"] != FORMAT or data["version"] != VERSION or data["block_bytes"] != BLOCK_BYTES:
+def _from_json(data: Any, path: Path) -> Manifest:
+    said = (data["format"], data["version"], data["block_bytes"])
+    if said != (FORMAT, VERSION, BLOCK_BYTES):
+        shown = ", ".join(map(checked.found, said))
         raise CheckpointError(
-            f"{path} has format {data['format']!r}, version {data['version']!r}: expected {FORMAT!r}, {VERSION}."
+            f"{path} has format, version and block_bytes {shown}: expected {FORMAT!r}, {VERSION}, {BLOCK_BYTES}."
         )
-    files = tuple(FileRecord(_plain(f["name"], path), int(f["bytes"]), tuple(f["checksums"])) for f in data["files"])
-    models = tuple(_model_from_json(model, len(files), path) for model in data["models"])
-    if len(data["ranks"]) != data["world"]:
-        raise CheckpointError(f"{path} names {data['world']} ranks and holds the states of {len(data['ranks'])}.")
-    return Manifest(str(data["id"]), int(data["world"]), files, models, data["shared"], tuple(data["ranks"]))
+    data = checked.record(data, "format", "version", "block_bytes", "id", "world", "files", "models", "shared", "ranks")
+    world = checked.integer(data["world"], 1)
+    files = checked.members(data["files"], _file_from_json)
+    models = checked.members(data["models"], lambda model: _model_from_json(model, world, path))
+    ranks = checked.members(data["ranks"], checked.anything)
+    if len(ranks) != world or len(files) != world:
+        raise CheckpointError(f"{path} names {world} ranks, {len(files)} files and {len(ranks)} states of ranks.")
+    return Manifest(checked.text(data["id"]), world, files, models, data["shared"], ranks)
 
 
-def _plain(name: str, path: Path) -> str:
+def _file_from_json(data: Any) -> FileRecord:
+    data = checked.record(data, "name", "bytes", "checksums")
+    name = checked.text(data["name"])
     if not _NAME.fullmatch(name):
-        raise CheckpointError(f"{path} names the file {name[:80]!r}: expected a plain name in its own directory.")
-    return name
+        raise ValueError(f"the file {name[:80]!r}, where a plain name was expected")
+    checksums = checked.members(data["checksums"], lambda each: checked.integer(each, 0, 0xFFFFFFFF))
+    return FileRecord(name, checked.integer(data["bytes"]), checksums)
 
 
-def _model_from_json(data: dict[str, Any], num_files: int, path: Path) -> ModelRecord:
-    parameters = {}
-    for name, record in data["parameters"].items():
-        pieces = tuple((int(file), int(begin), int(end)) for file, begin, end in record["pieces"])
-        parameters[name] = ParameterRecord(**{**record, "shape": tuple(record["shape"]), "pieces": pieces})
-        _check_cover(name, parameters[name], num_files, path)
-    buffers = {name: tuple(files) for name, files in data["buffers"].items()}
-    return ModelRecord(**{**data, "parameters": parameters, "buffers": buffers, "excluded": tuple(data["excluded"])})
+def _model_from_json(data: Any, world: int, path: Path) -> ModelRecord:
+    data = checked.record(data, *(each.name for each in fields(ModelRecord)))
+    parameters = {
+        name: _parameter_from_json(record, world, name, path)
+        for name, record in checked.table(data["parameters"], checked.anything).items()
+    }
+    excluded = checked.members(data["excluded"], checked.text)
+    names = checked.table(data["names"], checked.text)
+    if unknown := set(names.values()) - set(parameters) - set(excluded):
+        raise ValueError(f"a name of the parameter {checked.found(min(unknown))}, which is none")
+    file = partial(checked.integer, high=world - 1)
+    buffers = checked.table(data["buffers"], lambda owners: checked.members(owners, file))
+    if not all(owners and owners[0] == 0 for owners in buffers.values()):
+        raise ValueError("a buffer that rank 0 did not write")
+    optimizer = checked.optional(data["optimizer"], lambda told: checked.record(told, "class", "groups"))
+    if optimizer is not None:
+        checked.text(optimizer["class"])
+        checked.members(optimizer["groups"], lambda group: checked.table(group, checked.anything))
+    counters = checked.table(data["counters"], checked.integer)
+    if missing := {"global_steps", "micro_steps", "skipped_steps", "num_passes"} - set(counters):
+        raise ValueError(f"no counter {min(missing)!r}")
+    return ModelRecord(
+        name=checked.text(data["name"]),
+        stage=checked.integer(data["stage"], 0, 3),
+        parameters=parameters,
+        names=names,
+        buffers=buffers,
+        excluded=excluded,
+        optimizer=optimizer,
+        scheduler=data["scheduler"],
+        scaler=data["scaler"],
+        counters=counters,
+    )
+
+
+def _parameter_from_json(data: Any, world: int, name: str, path: Path) -> ParameterRecord:
+    data = checked.record(data, *(each.name for each in fields(ParameterRecord)))
+    record = ParameterRecord(
+        shape=checked.members(data["shape"], checked.integer),
+        dtype=checked.dtype_name(data["dtype"]),
+        compute=checked.dtype_name(data["compute"]),
+        trainable=checked.truth(data["trainable"]),
+        group=checked.integer(data["group"], -1),
+        pieces=checked.members(data["pieces"], _piece_from_json),
+        state=checked.table(data["state"], checked.dtype_name),
+        others=data["others"],
+        gradient=checked.optional(data["gradient"], lambda told: _gradient_from_json(told, world)),
+    )
+    _check_cover(name, record, world, path)
+    return record
+
+
+def _piece_from_json(data: Any) -> tuple[int, int, int]:
+    file, begin, end = checked.members(data, checked.integer)
+    return file, begin, end
+
+
+def _gradient_from_json(data: Any, world: int) -> dict[str, Any]:
+    data = checked.record(data, "reduced", "unreduced", "ranks")
+    ranks = checked.members(data["ranks"], lambda rank: checked.integer(rank, 0, world - 1))
+    kinds = {kind: checked.optional(data[kind], checked.dtype_name) for kind in ("reduced", "unreduced")}
+    return {**kinds, "ranks": ranks}
 
 
 def _check_cover(name: str, record: ParameterRecord, num_files: int, path: Path) -> None:
@@ -192,11 +258,11 @@ def _check_cover(name: str, record: ParameterRecord, num_files: int, path: Path)
         if begin != at or end <= begin or not 0 <= file < num_files:
             break
         at = end
-    numel = 1
-    for dim in record.shape:
-        numel *= dim
+    numel = math.prod(record.shape)
     if at != numel:
-        raise CheckpointError(f"{path} covers {at} of {numel} elements of parameter {name!r}.")
+        raise CheckpointError(
+            f"{path} covers {at} of {checked.found(numel)} elements of parameter {checked.found(name)}."
+        )
 
 
 # --- the directory ----------------------------------------------------------------------------------------------------

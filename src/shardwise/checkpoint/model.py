@@ -438,10 +438,10 @@ class Loading:
             self._installs.append(trained.step.read_states(saved))
             self._installs.append(self._read_gradients(trained.step, same_world))
         if wishes.optimizer:
-            scaler = saved.tree(saved.record.scaler, "loss_scaler")
+            scaler = _dictionary(saved.tree(saved.record.scaler, "loss_scaler"), "loss_scaler")
             self._installs.append(lambda: _load_scaler(trained.scaler, scaler))
         if wishes.scheduler and hasattr(trained.scheduler, "load_state_dict") and saved.record.scheduler is not None:
-            state = saved.tree(saved.record.scheduler, "lr_scheduler")
+            state = _dictionary(saved.tree(saved.record.scheduler, "lr_scheduler"), "lr_scheduler")
             self._installs.append(lambda: trained.scheduler.load_state_dict(state))
 
     def _segments(self) -> Iterator[Segment]:
@@ -495,6 +495,12 @@ class Loading:
                 "load_optimizer_states=False to begin with a new optimizer state."
             )
         settings = self._saved.tree(saved["groups"], "optimizer.param_groups")
+        for group, new in zip(groups, settings, strict=True):
+            for key, value in new.items():
+                if isinstance(group.get(key), (int, float)) and not isinstance(value, (int, float, torch.Tensor)):
+                    raise CheckpointError(
+                        f"the checkpoint has {str(value)[:80]!r} for the optimizer's {key!r}: expected a number."
+                    )
 
         def install() -> None:
             for group, new in zip(groups, settings, strict=True):
@@ -591,6 +597,12 @@ class Loading:
 
 def _digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(bytes_of(tensor) if tensor.numel() else b"", digest_size=16).hexdigest()
+
+
+def _dictionary(state: Any, place: str) -> dict[str, Any]:
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{place} of the checkpoint is a {type(state).__name__}: expected the state of one.")
+    return state
 
 
 def _load_scaler(scaler: LossScaler, state: dict[str, Any]) -> None:

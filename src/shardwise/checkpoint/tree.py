@@ -151,7 +151,7 @@ class _Decoder:
             return {key: self.decode(item, f"{place}.{key}", depth + 1) for key, item in value.items()}
         try:
             return self._marked(marks[0], value[marks[0]], place, depth)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{place} of the checkpoint is not what was saved: {error!r}.") from error
