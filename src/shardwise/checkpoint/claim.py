@@ -12,6 +12,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+from shardwise.checkpoint.plain_file import open_plain
 from shardwise.errors import CheckpointError
 
 CLAIM = ".claimed"
@@ -37,7 +38,8 @@ class Claims:
         if directory in self._descriptors:
             return False
         try:
-            descriptor = os.open(directory / CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            # Never by way of a link: what it leads to would be overwritten.
+            descriptor = open_plain(directory / CLAIM, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         except PermissionError:
             return False  # another user's file: nothing to lock; whether one may write there the save will see
         holder = os.pread(descriptor, _MAX_NAME_BYTES, 0)

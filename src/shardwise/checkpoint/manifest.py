@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.checkpoint import checked
+from shardwise.checkpoint.plain_file import reading
 from shardwise.checkpoint.shard_file import BLOCK_BYTES, FileRecord
 from shardwise.errors import CheckpointError
 
@@ -122,9 +123,10 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes: no manifest is larger than 512 MiB.")
-        text = path.read_bytes()
+        with reading(path) as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path} is larger than 512 MiB, which no manifest is.")
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} holds no checkpoint: there is no {MANIFEST} in it. A save that did not end leaves none."
@@ -276,11 +278,14 @@ def find_tag(directory: Path) -> str | None:
     """
     path = directory / LATEST
     try:
-        text = path.read_bytes()[:300].decode(errors="replace").strip()
+        with reading(path) as file:
+            text = file.read(300).decode(errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Give the tag by name.") from error
     if not _NAME.fullmatch(text):
-        raise CheckpointError(f"{path} does not name a checkpoint: it holds {text[:80]!r}. Give the tag by name.")
+        raise CheckpointError(f"{path} does not hold the name of a checkpoint. Give the tag by name.")
     return text
 
 
@@ -288,7 +293,8 @@ def complete_tags(directory: Path) -> list[str]:
     """Tags of the checkpoints that have a manifest, oldest first."""
     found = []
     for manifest in directory.glob(f"*/{MANIFEST}"):
-        found.append((manifest.stat().st_mtime_ns, manifest.parent.name))
+        if manifest.is_file():
+            found.append((manifest.stat().st_mtime_ns, manifest.parent.name))
     return [tag for _, tag in sorted(found)]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from shardwise.checkpoint.plain_file import reading
 from shardwise.checkpoint.tree import DTYPE_NAMES, DTYPES
 from shardwise.errors import CheckpointError
 from shardwise.zero.rest import InMemory, Rest
@@ -173,7 +174,7 @@ class ShardFile:
         self._record = record
         self._checked: set[int] = set()
         try:
-            with self.path.open("rb") as file:
+            with reading(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != record.nbytes:
                     raise self._fault(f"it has {size} bytes where {record.nbytes} were written: it was cut or replaced")

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import stat
 import sys
 import zipfile
 import zlib
@@ -59,7 +62,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 VERSION = 1
-CHUNK_BYTES = 1 << 24
+MAX_MANIFEST_BYTES = 1 << 29
+MAX_BLOCK_BYTES = 1 << 26
 _NAME = re.compile(r"[\w][\w.+=@-]{0,199}", re.ASCII)
 _HEAD_BYTES = len('{"checksum": "",\n"manifest": ') + 64
 _TAIL_BYTES = 2
@@ -75,18 +79,19 @@ class _File:
 
     def __init__(self, path: Path, nbytes: int, checksums: list[int], block_bytes: int) -> None:
         self._path = path
-        try:
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise CheckpointError(f"{path} of the checkpoint cannot be read: {error.strerror}.") from error
+        self._file = _open(path)
         self._check(nbytes, checksums, block_bytes)
         self._file.seek(0)
         length = int.from_bytes(self._file.read(8), "little")
         try:
-            self._header: dict[str, Any] = json.loads(self._file.read(min(length, nbytes)))
+            header = json.loads(self._file.read(min(length, nbytes)))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: its header is not JSON.") from error
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{path} is damaged: its header is no JSON object.")
+        self._header: dict[str, Any] = header
         self._data_begin = 8 + length
+        self._data_bytes = nbytes - self._data_begin
 
     def _check(self, nbytes: int, checksums: list[int], block_bytes: int) -> None:
         found = []
@@ -97,16 +102,23 @@ class _File:
                 f"{self._path} is damaged: it does not have the length or the checksums that it was written with."
             )
 
-    def read_into(self, key: str, out: torch.Tensor) -> None:
-        """Fill ``out`` (1-D, of the entry's dtype)."""
+    def place(self, key: str) -> tuple[torch.dtype, tuple[int, ...], int]:
+        """An entry's dtype, its shape, and the first byte of it among the data."""
         try:
             entry = self._header[key]
-            begin, end = entry["data_offsets"]
-            fits = DTYPES[entry["dtype"]] == out.dtype and end - begin == out.nbytes
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], _whole_numbers(entry["shape"]), entry["data_offsets"]
+            fits = 0 <= begin <= end <= self._data_bytes and end - begin == math.prod(shape) * dtype.itemsize
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:
-            raise CheckpointError(f"{self._path} is damaged: it does not hold {key!r} as the manifest says.")
+            raise CheckpointError(f"{self._path} is damaged: it does not hold {key[:80]!r} as the manifest says.")
+        return dtype, shape, begin
+
+    def read_into(self, key: str, out: torch.Tensor) -> None:
+        """Fill ``out`` (1-D, of the entry's dtype)."""
+        dtype, shape, begin = self.place(key)
+        if dtype != out.dtype or math.prod(shape) != out.numel():
+            raise CheckpointError(f"{self._path} is damaged: it does not hold {key[:80]!r} as the manifest says.")
         if out.nbytes:
             self._file.seek(self._data_begin + begin)
             array: Any = out.view(torch.uint8).numpy()
@@ -116,6 +128,24 @@ class _File:
                 if not count:
                     raise CheckpointError(f"{self._path} ended early.")
                 view = view[count:]
+
+
+def _open(path: Path) -> io.FileIO:
+    """A plain file, unbuffered: of a pipe or a device one would wait for ever, or never see the end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} of the checkpoint cannot be read: {error.strerror}.") from error
+    return io.FileIO(descriptor, "rb")
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
+        raise ValueError("whole numbers were expected")
+    return tuple(values)
 
 
 class LazyTensor:
@@ -171,42 +201,63 @@ class _Files:
     def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         self._directory = directory
         self._records = manifest["files"]
-        self._block_bytes = int(manifest["block_bytes"])
+        self._block_bytes = manifest["block_bytes"]
+        if type(self._block_bytes) is not int or not 0 < self._block_bytes <= MAX_BLOCK_BYTES:
+            raise CheckpointError(f"the manifest has block_bytes {self._block_bytes!r:.40}.")
         self._open: dict[int, _File] = {}
 
     def __getitem__(self, number: int) -> _File:
         if number not in self._open:
             record = self._records[number]
-            if not _NAME.fullmatch(record["name"]):
-                raise CheckpointError(f"the manifest names the file {record['name'][:80]!r}: expected a plain name.")
-            self._open[number] = _File(
-                self._directory / record["name"], record["bytes"], record["checksums"], self._block_bytes
-            )
+            self._open[number] = _File(self._path(number), record["bytes"], record["checksums"], self._block_bytes)
         return self._open[number]
+
+    def _path(self, number: int) -> Path:
+        if type(number) is not int or not 0 <= number < len(self._records):
+            raise CheckpointError(f"the manifest refers to a file {number!r:.20}, which it does not have.")
+        name: str = self._records[number]["name"]
+        if not _NAME.fullmatch(name):
+            raise CheckpointError(f"the manifest names the file {name[:80]!r}: expected a plain name.")
+        return self._directory / name
+
+    def hold(self, number: int, nbytes: int) -> bool:
+        """Whether a file is large enough for so much."""
+        path = self._path(number)
+        try:
+            return nbytes <= path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{path} of the checkpoint cannot be read: {error.strerror}.") from error
 
 
 def find_tag(directory: Path, tag: str | None) -> str:
     """The tag that is asked for, or that the file ``latest`` names."""
+    asked = tag is not None
     if tag is None:
         try:
-            tag = (directory / "latest").read_text(errors="replace").strip()
-        except OSError:
+            with _open(directory / "latest") as file:
+                tag = file.read(300).decode(errors="replace").strip()
+        except CheckpointError:
+            if (directory / "latest").exists():
+                raise
             raise CheckpointError(
                 f"{directory} holds no checkpoint: there is no file `latest` in it. Pass the directory that was given "
                 "to save_checkpoint, or name the tag."
             ) from None
     if not _NAME.fullmatch(tag):
-        raise CheckpointError(f"{tag[:80]!r} is no tag of a checkpoint.")
+        what = repr(tag[:80]) if asked else f"what {directory / 'latest'} holds"
+        raise CheckpointError(f"{what} is no tag of a checkpoint.")
     return tag
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of the checkpoint in ``directory``, checked against its own checksum."""
     path = directory / "manifest.json"
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{directory} holds no complete checkpoint: {path} {error.strerror}.") from error
+    if not path.is_file():
+        raise CheckpointError(f"{directory} holds no complete checkpoint: there is no file manifest.json in it.")
+    with _open(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path} is larger than 512 MiB, which no manifest is.")
+        text = file.readall()
     body = text[_HEAD_BYTES:-_TAIL_BYTES]
     if hashlib.sha256(body).hexdigest().encode() not in text[:_HEAD_BYTES]:
         raise CheckpointError(f"{path} is damaged, or no manifest of shardwise: its checksum is not that of its text.")
@@ -214,8 +265,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no manifest of shardwise.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != "shardwise":
+        raise CheckpointError(f"{path} is no manifest of shardwise.")
     if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{path} has version {manifest.get('version')}: this script reads version {VERSION}.")
+        raise CheckpointError(f"{path} has version {manifest.get('version')!r:.40}: this script reads {VERSION}.")
     return manifest
 
 
@@ -223,12 +276,17 @@ def open_weights(
     directory: Path, manifest: Mapping[str, Any], model: int = 0, dtype: str = "fp32", with_frozen: bool = True
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The state dict to be, in its order, without names that are ties, and the ties: name to name."""
+    if dtype not in FLOATS:
+        raise CheckpointError(f"dtype {dtype!r} is unknown: expected one of {', '.join(FLOATS)}.")
     try:
+        if not 0 <= model < len(manifest["models"]):
+            raise CheckpointError(f"{directory} holds {len(manifest['models'])} model(s): there is no model {model}.")
         return _open_weights(_Files(directory, manifest), manifest["models"][model], model, FLOATS[dtype], with_frozen)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"the manifest in {directory} has no such model: {error!r}.") from error
+        why = f"{type(error).__name__} {str(error)[:80]}"
+        raise CheckpointError(f"the manifest in {directory} makes no sense: {why}.") from error
 
 
 def _open_weights(
@@ -246,15 +304,30 @@ def _open_weights(
             continue
         first_names[parameter] = name
         pieces = [(f, f"{model}/weight/{parameter}/{begin}", begin, end) for f, begin, end in described["pieces"]]
-        stored = DTYPES[described["dtype"]]
-        lazy[name] = LazyTensor(files, pieces, tuple(described["shape"]), stored, _wanted(stored, dtype), True)
+        stored, shape = DTYPES[described["dtype"]], _whole_numbers(described["shape"])
+        _check_pieces(files, pieces, shape, stored, name)
+        lazy[name] = LazyTensor(files, pieces, shape, stored, _wanted(stored, dtype), True)
     for name, (owner, *_) in record["buffers"].items():
         key = f"{model}/buffer/{name}/0"
-        entry = files[owner]._header[key]
-        stored, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        stored, shape, _ = files[owner].place(key)
         pieces = [(owner, key, 0, math.prod(shape))]
         lazy[name] = LazyTensor(files, pieces, shape, stored, _wanted(stored, dtype), False)
+    if "__metadata__" in (*lazy, *ties):
+        raise CheckpointError("the manifest names a parameter __metadata__, which safetensors has for itself.")
     return lazy, ties
+
+
+def _check_pieces(
+    files: _Files, pieces: list[tuple[int, str, int, int]], shape: tuple[int, ...], stored: torch.dtype, name: str
+) -> None:
+    """They can be there, and cover the parameter in order, without a gap: nothing is left as memory happened to be."""
+    at = 0
+    for file, _, begin, end in pieces:
+        if begin != at or type(end) is not int or not files.hold(file, (end - begin) * stored.itemsize):
+            break
+        at = end
+    if at != math.prod(shape):
+        raise CheckpointError(f"the manifest does not cover the elements of {name[:80]!r}.")
 
 
 def _wanted(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
@@ -266,7 +339,7 @@ def _wanted(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 
 def parse_size(size: int | str) -> int:
     """Bytes: ``5GB`` is 5 * 10**9, ``5GiB`` is 5 * 2**30."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)", str(size).strip())
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise CheckpointError(f"{size!r} is no size: expected a number of bytes, or one with KB, MB, GB or GiB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -310,8 +383,9 @@ def write_torch(path: Path, weights: Mapping[str, Any], ties: Mapping[str, str])
     """
     blanks = {name: torch.empty(tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in weights.items()}
     temporary = _temporary(path)
-    with torch.serialization.skip_data():
-        torch.save({**blanks, **{name: blanks[kept] for name, kept in ties.items()}}, temporary)
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as new, torch.serialization.skip_data():
+        torch.save({**blanks, **{name: blanks[kept] for name, kept in ties.items()}}, new)
     with zipfile.ZipFile(temporary) as archive:
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     with temporary.open("r+b") as file:
@@ -338,7 +412,9 @@ class _new_file:
         self._path = path
 
     def __enter__(self) -> BinaryIO:
-        self._file: BinaryIO = _temporary(self._path).open("wb")
+        temporary = _temporary(self._path)
+        temporary.unlink(missing_ok=True)  # it may be a link that leads elsewhere
+        self._file: BinaryIO = temporary.open("xb")
         return self._file
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -461,11 +537,9 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     tag = find_tag(directory, tag)
     print(f"Processing zero checkpoint at {os.path.normpath(directory / tag)}")
     manifest = read_manifest(directory / tag)
-    if dtype not in FLOATS:
-        raise CheckpointError(f"dtype {dtype!r} is unknown: expected one of {', '.join(FLOATS)}.")
     weights, ties = open_weights(directory / tag, manifest, model, dtype, not exclude_frozen_parameters)
-    stage = manifest["models"][model]["stage"]
-    print(f"Detected checkpoint of type zero stage {stage}, world_size: {manifest['world']}")
+    stage, world = manifest["models"][model].get("stage"), manifest.get("world")
+    print(f"Detected checkpoint of type zero stage {stage!r:.20}, world_size: {world!r:.20}")
     total = sum(tensor.numel() for tensor in weights.values() if tensor.is_parameter)
     print(f"Saving {dtype} state dict to {output_dir} (total_numel={total})")
     write_weights(output, weights, ties, sys.maxsize if max_shard_size is None else parse_size(max_shard_size),
