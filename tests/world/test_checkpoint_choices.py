@@ -12,6 +12,7 @@ from shardwise.checkpoint.manifest import complete_tags
 from shardwise.errors import CheckpointError, CollectiveError, ConfigError
 from shardwise.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from tests.checkpoints import begin, differences, optimizer_parts, train_steps
+from tests.models import FEATURES
 from tests.world.engine_runs import config_of, rank
 from tests.worlds import World
 
@@ -100,6 +101,37 @@ def test_ranks_with_different_tags(own_world: Any, tmp_path: Path) -> None:
     told = own_world(2).run(differing, str(tmp_path))
     assert any("tag_of_rank_0" in text and "tag_of_rank_1" in text for text in told)
     assert complete_tags(tmp_path) == []
+
+
+def saves_alone(directory: str) -> None:
+    with begin(config_of(2)) as engine:
+        train_steps(engine, 0, 2)
+        if rank() == 0:
+            engine.save_checkpoint(directory)
+        train_steps(engine, 2, 4)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_one_rank_that_saves_alone_is_told_within_seconds(own_world: Any, size: int, tmp_path: Path) -> None:
+    failures = own_world(size).run_expecting_errors(saves_alone, str(tmp_path))
+    assert failures[0] is not None and isinstance(failures[0].exception, CollectiveError), failures[0]
+    for words in ("save_checkpoint", "has begun step", "does not come", "Call it on all ranks"):
+        assert words in failures[0].message
+    assert not complete_tags(tmp_path)
+
+
+def saves_at_every_turn(directory: str) -> None:
+    with begin(config_of(1, accumulation=2)) as engine:
+        for step in range(3):
+            train_steps(engine, step, step + 1)
+            engine.save_checkpoint(directory, step)
+            with engine.no_sync():
+                engine.backward(engine(torch.zeros(3, FEATURES)).sum())
+            engine.save_checkpoint(directory, step)
+
+
+def test_saves_in_the_middle_of_steps_are_no_absence(world2: World, tmp_path: Path) -> None:
+    world2.run(saves_at_every_turn, str(tmp_path))
 
 
 def scheduler_of_its_own(directory: str) -> None:

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from shardwise import torch_compat
+from shardwise import roll_call, torch_compat
 from shardwise.checkpoint import randomness
 from shardwise.checkpoint.engine import EngineMeeting, PathLike, gather_engine, load_engine, save_engine, write_engine
 from shardwise.checkpoint.model import IncompatibleKeys, Trained, Wishes
@@ -113,6 +114,9 @@ class Engine(nn.Module):
         self._grad_norm: float | None = 0.0
         self._step_was_applied = False
         self._closed = False
+        self._tells_steps = dist.is_initialized() and dist.get_world_size() == comm.size > 1
+        self._has_told_step = False
+        """Whether the others can know that this rank has begun the step, and comes to no roll call before it."""
         self._background = Background()
         comm.publish()
 
@@ -246,8 +250,13 @@ class Engine(nn.Module):
 
     def _reduces_now(self) -> bool:
         if self._reduces_every_backward or not self._syncs:
-            return self._syncs
-        return self._reducer.expects_last_pass if self._forced_boundary is None else self._forced_boundary
+            reduces = self._syncs
+        else:
+            reduces = self._reducer.expects_last_pass if self._forced_boundary is None else self._forced_boundary
+        if reduces and self._tells_steps and not self._has_told_step:
+            self._has_told_step = True
+            roll_call.passed_step()
+        return reduces
 
     def _backward_is_over(self) -> None:
         self._boundary.reset()
@@ -327,6 +336,7 @@ class Engine(nn.Module):
         self._step_was_applied = outcome.applied
         self.skipped_steps += not outcome.applied
         self.global_steps += 1
+        self._has_told_step = False
         self._schedule.step = self.global_steps
         if outcome.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
