@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 Failures = Mapping[int, ProcessFailure]
-NobodyFailed: Failures = {}
+NOBODY: Failures = {}
 
 
 class Agent(LocalElasticAgent):
@@ -48,7 +48,7 @@ class Agent(LocalElasticAgent):
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state is WorkerState.HEALTHY:  # another machine has asked for it
-            self._restarting(NobodyFailed, self._num_restarts)
+            self._restarting(NOBODY, self._num_restarts)
             self._remaining_restarts -= 1
         super()._restart_workers(worker_group)
 
