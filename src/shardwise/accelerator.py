@@ -915,7 +915,7 @@ class Accelerator:
 
     def end_training(self) -> None:
         """Finish the trackers and end the process group: the last thing that a script does."""
-        self._registered.background.join()
+        self._registered.background.close()
         self._trackers.finish()
         self.state.destroy_process_group()
 

@@ -25,15 +25,16 @@ from typing import Any, Protocol
 import torch
 
 from shardwise.checkpoint import manifest as manifests
+from shardwise.checkpoint.direct_file import Slab
 from shardwise.checkpoint.manifest import Manifest, ModelRecord
 from shardwise.checkpoint.model import Part, Trained, merge, owners_of_buffers
-from shardwise.checkpoint.shard_file import Entry, FileRecord, write_shard_file
+from shardwise.checkpoint.shard_file import Entry, FileImage, FileRecord, write_shard_file
 from shardwise.checkpoint.tree import encode
 from shardwise.errors import CheckpointError, ShardwiseError
 
 SCRIPT = "zero_to_fp32.py"
 PATIENCE_SECONDS = 300.0
-"""How long rank 0 waits beside training for another rank whose file does not grow."""
+"""How long rank 0 waits beside training for another rank whose file nothing is written to."""
 _POLL_SECONDS = 0.02
 
 
@@ -103,6 +104,7 @@ class Background:
     def __init__(self) -> None:
         self._saving: _Save | None = None
         self._thread: threading.Thread | None = None
+        self._slabs: list[Slab] = []
 
     def start(self, place: Place, content: Content, meeting: Meeting) -> None:
         """Copy what is to be written to host memory, and write it while training goes on. Collective.
@@ -112,7 +114,7 @@ class Background:
         """
         self.finish(meeting)
         self._saving = _Save(place, content, meeting)
-        self._saving.copy_to_host()
+        self._saving.copy_to_host(self._slabs)
         # No daemon: a script that ends waits for its last checkpoint.
         self._thread = threading.Thread(target=self._saving.run_beside_training, name="shardwise-save")
         self._thread.start()
@@ -133,6 +135,16 @@ class Background:
         if self._thread is not None:
             self._thread.join()
         self._thread = self._saving = None
+
+    def close(self) -> None:
+        """``join``, and give back the host memory that was kept for the next save."""
+        self.join()
+        self._slabs.clear()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Host memory that is kept from one save to the next: touching new memory takes longer than copying."""
+        return sum(slab.nbytes for slab in self._slabs)
 
 
 class _Save:
@@ -175,12 +187,12 @@ class _Save:
             owners = owners_of_buffers([word["models"][index] for word in words])
             part.add_buffers([name for name, ranks in owners.items() if rank in ranks])
         self._entries = [entry for part in self._parts for entry in part.entries] + trees
+        self._image: FileImage | None = None
         self._words = words
 
     def _prepare_directory(self) -> None:
         own = self._place.own_directory
         own.mkdir(parents=True, exist_ok=True)
-        manifests.sync_directory(own.parent)
         named = _names_of(own)
         manifests.remove_files(own, keep=named)
 
@@ -194,9 +206,10 @@ class _Save:
             raise
         agree(self._meeting, "the end of a checkpoint", lambda: self._commit(files))
 
-    def copy_to_host(self) -> None:
-        """Training may change everything from here on."""
-        self._entries = [entry.on_host() for entry in self._entries]
+    def copy_to_host(self, slabs: list[Slab]) -> None:
+        """Training may change everything from here on; ``slabs`` are for the copy, and become as many as it needs."""
+        self._image = FileImage(self._entries, slabs)
+        self._entries = []
 
     def run_beside_training(self) -> None:
         """What ``run`` does, meeting in the directory; a failure is kept for ``raise_failure``."""
@@ -208,7 +221,7 @@ class _Save:
                 self._path().unlink(missing_ok=True)
                 self._failure = error
                 said = {"error": _explain(error)}
-            self._entries = []
+            self._image = None
             self._leave_note(json.dumps(said).encode())
             if self._meeting.rank == 0 and self._failure is None:
                 self._commit([self._await_note(rank) for rank in range(self._meeting.size)])
@@ -232,11 +245,11 @@ class _Save:
             raise
 
     def _await_note(self, rank: int) -> dict[str, Any]:
-        size, deadline = -1, 0.0
+        seen, deadline = -1, 0.0
         while not self._note(rank).exists():
-            with contextlib.suppress(OSError):
-                grown = self._path(rank).stat().st_size
-                size, deadline = (size, deadline) if grown == size else (grown, time.monotonic() + PATIENCE_SECONDS)
+            with contextlib.suppress(OSError):  # it has its length from the beginning; the time of its last write moves
+                written = self._path(rank).stat().st_mtime_ns
+                seen, deadline = (seen, deadline) if written == seen else (written, time.monotonic() + PATIENCE_SECONDS)
             deadline = deadline or time.monotonic() + PATIENCE_SECONDS
             if time.monotonic() > deadline:
                 raise CheckpointError(f"rank {rank} has written nothing for {PATIENCE_SECONDS:.0f} s.")
@@ -252,7 +265,8 @@ class _Save:
         return self._place.own_directory / f"rank_{number:05d}.{self._id}.safetensors"
 
     def _write(self) -> dict[str, Any]:
-        record = write_shard_file(self._path(), self._entries)
+        image, path = self._image, self._path()
+        record = write_shard_file(path, self._entries) if image is None else image.write(path)
         return {"name": record.name, "bytes": record.nbytes, "checksums": record.checksums}
 
     def _commit(self, files: Sequence[Mapping[str, Any]]) -> None:
@@ -267,6 +281,7 @@ class _Save:
                     "machines share."
                 )
         manifests.sync_directory(own)
+        manifests.sync_directory(own.parent)
         write_script(self._place.directory)
         manifests.write_manifest(own, self._manifest(files))
         if self._place.save_latest:

@@ -418,7 +418,7 @@ class Engine(nn.Module):
 
     def memory_report(self) -> MemoryReport:
         """Bytes that this rank holds now."""
-        return report_memory(self._comm, self._units, self._step)
+        return report_memory(self._comm, self._units, self._step, self._background.kept_bytes)
 
     def comms_summary(self) -> CommsSummary:
         """This rank's collectives so far, by axis, operation and size.
@@ -724,7 +724,7 @@ class Engine(nn.Module):
         if self._closed:
             return
         self._closed = True
-        self._background.join()
+        self._background.close()
         self._hooks.remove()
         self._state_dict_guard.remove()
         if self._step is not None:

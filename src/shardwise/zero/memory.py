@@ -28,6 +28,8 @@ class MemoryReport:
     """Model states at rest by the formula of ``state_bytes``; equals ``states_bytes``."""
     num_parameters: int
     """Elements of the model's parameters, alignment not counted."""
+    checkpoint_bytes: int = 0
+    """Host memory that saves beside training copy to, kept from one to the next."""
 
     @property
     def states_bytes(self) -> int:
@@ -36,8 +38,8 @@ class MemoryReport:
 
     @property
     def total_bytes(self) -> int:
-        """Model states and buffers."""
-        return self.states_bytes + self.buffers_bytes
+        """Model states, buffers and copies for saves."""
+        return self.states_bytes + self.buffers_bytes + self.checkpoint_bytes
 
     def __str__(self) -> str:
         rows = [
@@ -47,13 +49,16 @@ class MemoryReport:
             ("model states", self.states_bytes),
             ("  by formula", self.predicted_bytes),
             ("buffers", self.buffers_bytes),
+            *[("copy for saves", self.checkpoint_bytes)] * bool(self.checkpoint_bytes),
             ("total", self.total_bytes),
         ]
         per_parameter = max(1, self.num_parameters)
         return "\n".join(f"{name:<14}{size:>16,d} B {size / per_parameter:>8.2f} B/parameter" for name, size in rows)
 
 
-def report_memory(comm: Communicator, units: Sequence[Unit], step: Step | None) -> MemoryReport:
+def report_memory(
+    comm: Communicator, units: Sequence[Unit], step: Step | None, checkpoint_bytes: int = 0
+) -> MemoryReport:
     """Count what is allocated, and compute what should be."""
     segments = [segment for unit in units for segment in unit.segments]
     counted = [segment.resting_bytes() for segment in segments]
@@ -80,4 +85,5 @@ def report_memory(comm: Communicator, units: Sequence[Unit], step: Step | None) 
         buffers_bytes=sum(unit.live_bytes() for unit in units) + comm.pooled_bytes() + comm.scratch_bytes(),
         predicted_bytes=predicted.total,
         num_parameters=sum(slot.numel for segment in segments for slot in segment.layout.slots),
+        checkpoint_bytes=checkpoint_bytes,
     )
