@@ -24,13 +24,12 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._open = threading.Event()
-        self._write = os.write
-        monkeypatch.setattr(shard_file.os, "write", self._held_up)
+        self._write = os.pwrite
+        monkeypatch.setattr(os, "pwrite", self._held_up)
 
-    def _held_up(self, descriptor: int, data: Any) -> int:
-        if threading.current_thread() is not threading.main_thread():
-            assert self._open.wait(30)
-        return self._write(descriptor, data)
+    def _held_up(self, descriptor: int, data: Any, offset: int) -> int:
+        assert self._open.wait(30)
+        return self._write(descriptor, data, offset)
 
     def open(self) -> None:
         self._open.set()
@@ -91,7 +90,8 @@ def disk_is_full(directory: str, async_save: bool) -> tuple[str, list[str]]:
                 def full(*_: Any) -> int:
                     raise OSError(28, "No space left on device")
 
-                monkeypatch.setattr(shard_file.os, "write", full)
+                monkeypatch.setattr(os, "pwrite", full)
+                monkeypatch.setattr(os, "write", full)
             try:
                 engine.save_checkpoint(directory, "after", async_save=async_save)
                 monkeypatch_ends_after_the_thread(engine)
@@ -129,16 +129,16 @@ def dies(directory: str, at_write: int, async_save: bool) -> None:
         train_steps(engine, 0, 1)
         if rank() == 1:
             count = 0
-            write = os.write
+            write = os.pwrite
 
-            def killed(descriptor: int, data: Any) -> int:
+            def killed(descriptor: int, data: Any, offset: int) -> int:
                 nonlocal count
                 count += 1
                 if count == at_write:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return write(descriptor, memoryview(data)[:1000])
+                return write(descriptor, memoryview(data)[:1000], offset)
 
-            shard_file.os.write = killed  # type: ignore[assignment]
+            os.pwrite = killed  # type: ignore[assignment]
         engine.save_checkpoint(directory, "after", async_save=async_save)
         train_steps(engine, 1, 3)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,22 @@ def write_wide(directory: str) -> int:
 
 def bytes_read(directory: str, stage: int) -> int:
     read = 0
-    plain = shard_file.ShardFile.read_into
 
-    def counted(self: Any, key: str, begin: int, out: torch.Tensor) -> None:
-        nonlocal read
-        read += out.nbytes if "/tree/" not in key else 0
-        plain(self, key, begin, out)
+    def counted(name: str) -> Callable[..., None]:
+        plain = getattr(shard_file.ShardFile, name)
+
+        def call(self: Any, key: str, begin: int, out: torch.Tensor) -> None:
+            nonlocal read
+            read += out.nbytes if "/tree/" not in key else 0
+            plain(self, key, begin, out)
+
+        return call
 
     model = build_wide()
     with open_engine(model, adamw_in_two_groups(model), config_of(stage)) as engine:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(shard_file.ShardFile, "read_into", counted)
+            for name in ("read_into", "read_later"):
+                monkeypatch.setattr(shard_file.ShardFile, name, counted(name))
             engine.load_checkpoint(directory)
         return read
 
