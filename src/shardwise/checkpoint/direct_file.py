@@ -96,18 +96,16 @@ class NewFile:
         at, padded = 0, min(aligned(nbytes), len(memory)) if offset + nbytes == self._nbytes else nbytes
         try:
             while at < nbytes:
-                piece = memory[at : padded if self._is_direct else nbytes]
+                direct = self._is_direct  # another thread may end it meanwhile
                 try:
-                    written = os.pwrite(self._descriptor, piece, offset + at)
+                    written = os.pwrite(self._descriptor, memory[at : padded if direct else nbytes], offset + at)
                 except OSError as error:
-                    if error.errno not in _NOT_DIRECT or not self._is_direct:
+                    if error.errno not in _NOT_DIRECT or not direct:
                         raise
-                    written = 0
-                if written < len(piece) and self._is_direct:
-                    written -= written % ALIGNMENT  # the rest must begin at a page again
-                    if not written:
-                        self._is_direct = _set_direct(self._descriptor, False)
-                elif not written:
+                    # Refused, or a short write has left us in the middle of a page.
+                    self._is_direct = _set_direct(self._descriptor, False)
+                    continue
+                if not written:
                     raise OSError(errno.EIO, "the disk takes nothing and gives no reason")
                 at += written
         except OSError as error:
