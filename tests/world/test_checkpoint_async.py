@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,8 @@ def save_and_load(stage: int, directory: str) -> None:
         assert complete_tags(Path(directory))[:1] == ["first"], "the second save did not wait"
         engine.wait_for_checkpoint()
         assert complete_tags(Path(directory)) == ["first", "second"]
+        assert engine.memory_report().checkpoint_bytes == engine._background.kept_bytes > 0
+    assert engine._background.kept_bytes == 0
     with begin(config_of(stage)) as engine:
         _, state = engine.load_checkpoint(directory, "first")
         assert state == {"number": 1}
@@ -77,6 +81,21 @@ def closes_at_once(directory: str) -> None:
 
 def test_the_end_of_the_engine_waits(world2: World, tmp_path: Path) -> None:
     world2.run(closes_at_once, str(tmp_path))
+
+
+SCRIPT = """
+import sys, torch, shardwise
+engine, *_ = shardwise.initialize(model=torch.nn.Linear(999, 1001), config={"train_micro_batch_size_per_gpu": 1},
+                                  device="cpu")
+engine.save_checkpoint(sys.argv[1], "last", async_save=True)
+"""
+
+
+def test_a_script_that_ends_waits_for_its_last_checkpoint(tmp_path: Path) -> None:
+    """Nothing is closed, and the interpreter takes no work for its own pools any more."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert complete_tags(tmp_path) == ["last"]
 
 
 def disk_is_full(directory: str, async_save: bool) -> tuple[str, list[str]]:

@@ -82,32 +82,35 @@ class FileRecord:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def layout_of(entries: Sequence[Entry]) -> tuple[bytes, list[Entry]]:
-    """The header and the order in which the entries' bytes follow it: wide dtypes first, so that all are aligned."""
+def layout_of(entries: Sequence[Entry]) -> tuple[bytes, list[Entry], int]:
+    """The header, the order in which the entries' bytes follow it, and how many bytes all of it has.
+
+    Wide dtypes come first, so that all are aligned.
+    """
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, Any] = {}
     at = 0
     for entry in ordered:
         if entry.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{entry.key!r} has dtype {entry.dtype}, which safetensors does not know.")
+        end = at + entry.nbytes
         header[entry.key] = {
             "dtype": DTYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
-            "data_offsets": [at, at + entry.nbytes],
+            "data_offsets": [at, end],
         }
-        at += entry.nbytes
+        at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, ordered
+    return len(text).to_bytes(8, "little") + text, ordered, 8 + len(text) + at
 
 
 class _Contents:
     """What a file will hold, from its first byte on."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        header, self._ordered = layout_of(entries)
+        header, self._ordered, self.nbytes = layout_of(entries)
         self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        self.nbytes = len(header) + sum(entry.nbytes for entry in self._ordered)
         self.on_device = any(part.device.type != "cpu" for entry in self._ordered for part in entry.parts)
 
     def cut(self, slab_bytes: int) -> Iterator[Filling]:
