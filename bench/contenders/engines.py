@@ -33,14 +33,14 @@ class EngineTrainer:
     """The training loop of an engine that owns backward and step."""
 
     def __init__(self, engine: Any, close: Callable[[], None]) -> None:
-        self._engine = engine
+        self.engine = engine
         self._close = close
 
     def step(self, tokens: Tensor) -> Tensor:
         """One step; with an accumulation of one, every step is a boundary. The engine clears the gradients."""
-        loss: Tensor = self._engine(tokens)
-        self._engine.backward(loss)
-        self._engine.step()
+        loss: Tensor = self.engine(tokens)
+        self.engine.backward(loss)
+        self.engine.step()
         return loss.detach()
 
     def close(self) -> None:
@@ -57,6 +57,7 @@ class PatchedLinearTrainer:
     def __init__(self, inner: EngineTrainer, linear: Any) -> None:
         self._inner = inner
         self._linear = linear
+        self.engine = inner.engine
 
     def step(self, tokens: Tensor) -> Tensor:
         """One step under the engine's own linear function."""

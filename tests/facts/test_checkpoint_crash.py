@@ -1,10 +1,14 @@
-"""A save that is killed, at any call to the system, leaves the checkpoint before it whole, or is whole itself."""
+"""A save that is killed, at any call to the system, leaves the checkpoint before it whole, or is whole itself.
+
+A data file is written by several threads: a call of theirs is met while others are under way.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +16,15 @@ from typing import Any
 
 import pytest
 
-from shardwise.checkpoint import shard_file
+from shardwise.checkpoint import direct_file, shard_file
 from shardwise.checkpoint.manifest import complete_tags
 from shardwise.errors import CheckpointError
 from tests.one_rank import read, write
 
-CALLS = ("open", "write", "fsync", "replace", "unlink", "mkdir", "rmdir", "close")
+CALLS = ("open", "write", "pwrite", "ftruncate", "fsync", "replace", "unlink", "mkdir", "rmdir", "close")
+
+
+REAL_PWRITE = os.pwrite
 
 
 class Calls:
@@ -27,32 +34,34 @@ class Calls:
         self.count = 0
         self._at = at
         self._happens = happens
+        self._lock = threading.Lock()
 
     def meet(self, name: str, arguments: tuple[Any, ...]) -> None:
-        self.count += 1
-        if self.count == self._at:
+        with self._lock:
+            self.count += 1
+            is_the_one = self.count == self._at
+        if is_the_one:
             self._happens(name, arguments)
 
 
 @contextmanager
 def watched(calls: Calls) -> Iterator[None]:
-    """Every one of CALLS goes by `calls` first."""
-    real = {name: getattr(os, name) for name in CALLS}
+    """Every one of CALLS, and the reservation of a file's room, goes by `calls` first."""
 
-    def wrapped(name: str) -> Callable[..., Any]:
+    def wrapped(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
         def call(*arguments: Any, **keywords: Any) -> Any:
             calls.meet(name, arguments)
-            return real[name](*arguments, **keywords)
+            return real(*arguments, **keywords)
 
-        return call
+        monkeypatch.setattr(module, name, call)
 
-    try:
+    with pytest.MonkeyPatch.context() as monkeypatch:
         for name in CALLS:
-            setattr(os, name, wrapped(name))
+            wrapped(os, name)
+        wrapped(direct_file, "reserve")
         yield
-    finally:
-        for name in CALLS:
-            setattr(os, name, real[name])
 
 
 def count_calls(action: Callable[[], None]) -> int:
@@ -66,7 +75,10 @@ def die(name: str, arguments: tuple[Any, ...]) -> None:
     """Half of a write gets out, of other calls nothing; then the process is killed."""
     if name == "write":
         view = memoryview(arguments[1])
-        os.pwrite(arguments[0], view[: len(view) // 2], os.lseek(arguments[0], 0, os.SEEK_CUR))
+        REAL_PWRITE(arguments[0], view[: len(view) // 2], os.lseek(arguments[0], 0, os.SEEK_CUR))
+    elif name == "pwrite":
+        view = memoryview(arguments[1])
+        REAL_PWRITE(arguments[0], view[: len(view) // 8192 * 4096], arguments[2])  # whole pages: it may be direct
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -172,7 +184,7 @@ def test_the_disk_has_everything_before_a_name_is_given(tmp_path: Path) -> None:
     class Noted(Calls):
         def meet(self, name: str, arguments: tuple[Any, ...]) -> None:
             nonlocal renames
-            if name == "write":
+            if name in ("write", "pwrite", "ftruncate"):
                 unsynced.add(arguments[0])
             elif name == "fsync":
                 unsynced.discard(arguments[0])

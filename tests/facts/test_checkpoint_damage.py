@@ -211,4 +211,3 @@ def test_the_data_are_plain_safetensors(tmp_path: Path) -> None:
             assert torch.equal(theirs.get_tensor(name), tensor)
             assert torch.equal(ours.read(name), tensor)
             assert theirs.get_tensor(name).dtype == tensor.dtype
-    ours.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,12 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._open = threading.Event()
-        self._write = os.write
-        monkeypatch.setattr(shard_file.os, "write", self._held_up)
+        self._write = os.pwrite
+        monkeypatch.setattr(os, "pwrite", self._held_up)
 
-    def _held_up(self, descriptor: int, data: Any) -> int:
-        if threading.current_thread() is not threading.main_thread():
-            assert self._open.wait(30)
-        return self._write(descriptor, data)
+    def _held_up(self, descriptor: int, data: Any, offset: int) -> int:
+        assert self._open.wait(30)
+        return self._write(descriptor, data, offset)
 
     def open(self) -> None:
         self._open.set()
@@ -56,6 +57,8 @@ def save_and_load(stage: int, directory: str) -> None:
         assert complete_tags(Path(directory))[:1] == ["first"], "the second save did not wait"
         engine.wait_for_checkpoint()
         assert complete_tags(Path(directory)) == ["first", "second"]
+        assert engine.memory_report().checkpoint_bytes == engine._background.kept_bytes > 0
+    assert engine._background.kept_bytes == 0
     with begin(config_of(stage)) as engine:
         _, state = engine.load_checkpoint(directory, "first")
         assert state == {"number": 1}
@@ -80,6 +83,21 @@ def test_the_end_of_the_engine_waits(world2: World, tmp_path: Path) -> None:
     world2.run(closes_at_once, str(tmp_path))
 
 
+SCRIPT = """
+import sys, torch, shardwise
+engine, *_ = shardwise.initialize(model=torch.nn.Linear(999, 1001), config={"train_micro_batch_size_per_gpu": 1},
+                                  device="cpu")
+engine.save_checkpoint(sys.argv[1], "last", async_save=True)
+"""
+
+
+def test_a_script_that_ends_waits_for_its_last_checkpoint(tmp_path: Path) -> None:
+    """Nothing is closed, and the interpreter takes no work for its own pools any more."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert complete_tags(tmp_path) == ["last"]
+
+
 def disk_is_full(directory: str, async_save: bool) -> tuple[str, list[str]]:
     with begin(config_of(3)) as engine:
         engine.save_checkpoint(directory, "before")
@@ -91,7 +109,8 @@ def disk_is_full(directory: str, async_save: bool) -> tuple[str, list[str]]:
                 def full(*_: Any) -> int:
                     raise OSError(28, "No space left on device")
 
-                monkeypatch.setattr(shard_file.os, "write", full)
+                monkeypatch.setattr(os, "pwrite", full)
+                monkeypatch.setattr(os, "write", full)
             try:
                 engine.save_checkpoint(directory, "after", async_save=async_save)
                 monkeypatch_ends_after_the_thread(engine)
@@ -129,16 +148,16 @@ def dies(directory: str, at_write: int, async_save: bool) -> None:
         train_steps(engine, 0, 1)
         if rank() == 1:
             count = 0
-            write = os.write
+            write = os.pwrite
 
-            def killed(descriptor: int, data: Any) -> int:
+            def killed(descriptor: int, data: Any, offset: int) -> int:
                 nonlocal count
                 count += 1
                 if count == at_write:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return write(descriptor, memoryview(data)[:1000])
+                return write(descriptor, memoryview(data)[:1000], offset)
 
-            shard_file.os.write = killed  # type: ignore[assignment]
+            os.pwrite = killed  # type: ignore[assignment]
         engine.save_checkpoint(directory, "after", async_save=async_save)
         train_steps(engine, 1, 3)
 

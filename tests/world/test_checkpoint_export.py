@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from shardwise.checkpoint import export
 from shardwise.errors import CheckpointError, ConfigError
 from tests.accelerators import accelerator_of, model_of
 from tests.checkpoints import begin, train_steps
-from tests.world.engine_runs import STAGES, config_of, rank
+from tests.world.engine_runs import STAGES, config_of, open_engine, rank
 from tests.worlds import World
 
 ALLOWED = {"stage3_gather_16bit_weights_on_model_save": True}
@@ -76,20 +77,62 @@ def test_gathering_that_is_not_allowed_says_what_to_set(world2: World, tmp_path:
     world2.run(not_allowed, str(tmp_path))
 
 
-def one_unit_at_a_time() -> tuple[int, int]:
-    """The most bytes of whole units at once, and those of the largest unit."""
-    with begin(config_of(3)) as engine:
-        trained = engine.trained()
-        order, _ = export.plan(trained)
-        most = 0
-        for _ in export.stream(order, 0):
-            most = max(most, sum(unit.live_bytes() for unit in engine._units))
-        return most, max(sum(s.parameters.full.nbytes for s in unit.segments) for unit in engine._units)
+class OneUnit(nn.Module):
+    """Parameters that lie in one flat buffer, cut by ranks in their middle; 4 MB each but for an odd one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(1024, 1024)) for _ in range(11))
+        self.odd = nn.Parameter(torch.randn(1021, 7))
+        self.number = nn.Parameter(torch.tensor(1.5))
+        self.nothing = nn.Parameter(torch.empty(0, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in self.weights:
+            x = x @ weight
+        return x * self.number
 
 
-def test_one_unit_is_whole_at_a_time(world2: World) -> None:
-    for most, largest in world2.run(one_unit_at_a_time):
-        assert 0 < most <= largest
+LARGEST = 4 << 20
+TOTAL = 11 * LARGEST
+
+
+def growth_of_a_gather(transport: str) -> tuple[int, int]:
+    """By how much the peak of resident memory grew, and the bytes that stay in the transport's memory file."""
+    config = config_of(3, shardwise={"transport": transport})
+    with open_engine(OneUnit(), None, config) as engine:
+        assert len(engine._units) == 1
+        file = engine._comm._file.fd if transport == "shared_memory" else None
+        held = os.fstat(file).st_blocks if file is not None else 0
+        before = reset_peak()
+        found = engine.gather_state_dict()
+        grown = resident("VmHWM") - before
+        if rank() == 0:
+            wanted = OneUnit().state_dict()
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], value) for name, value in wanted.items())
+        return grown, os.fstat(file).st_blocks - held if file is not None else 0
+
+
+def reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not tell peaks apart")
+@pytest.mark.parametrize("transport", ["shared_memory", "process_group"])
+def test_a_gather_needs_the_result_and_one_parameter(world2: World, transport: str) -> None:
+    (first, first_kept), (second, second_kept) = world2.run(growth_of_a_gather, transport)
+    slack = 3 << 20
+    assert TOTAL <= first <= TOTAL + LARGEST + slack, f"rank 0 grew by {first / 2**20:.1f} MiB"
+    assert second <= LARGEST + slack, f"rank 1 grew by {second / 2**20:.1f} MiB"
+    assert (first_kept, second_kept) == (0, 0), "memory of the gather was kept"
 
 
 def full_disk(directory: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,22 @@ def write_wide(directory: str) -> int:
 
 def bytes_read(directory: str, stage: int) -> int:
     read = 0
-    plain = shard_file.ShardFile.read_into
 
-    def counted(self: Any, key: str, begin: int, out: torch.Tensor) -> None:
-        nonlocal read
-        read += out.nbytes if "/tree/" not in key else 0
-        plain(self, key, begin, out)
+    def counted(name: str) -> Callable[..., None]:
+        plain = getattr(shard_file.ShardFile, name)
+
+        def call(self: Any, key: str, begin: int, out: torch.Tensor) -> None:
+            nonlocal read
+            read += out.nbytes if "/tree/" not in key else 0
+            plain(self, key, begin, out)
+
+        return call
 
     model = build_wide()
     with open_engine(model, adamw_in_two_groups(model), config_of(stage)) as engine:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(shard_file.ShardFile, "read_into", counted)
+            for name in ("read_into", "read_later"):
+                monkeypatch.setattr(shard_file.ShardFile, name, counted(name))
             engine.load_checkpoint(directory)
         return read
 
@@ -75,22 +81,34 @@ def growth(prepare: str, measured: str) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def big_model() -> nn.Module:
+def big_model(depth: int = DEPTH, vocabulary: int = 1) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH)))
+    layers = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(depth))
+    return nn.Sequential(nn.Embedding(vocabulary, WIDTH), *layers)
+
+
+def write_big(directory: Path, *arguments: int) -> int:
+    """Save a big model in a process of its own; by how much the save's peak grew."""
+    prepare = (
+        "import shardwise\nfrom tests.world.test_checkpoint_memory import big_model\n"
+        f"engine, *_ = shardwise.initialize(model=big_model(*{arguments}), config={{'train_micro_batch_size_per_gpu': "
+        "1}, device='cpu')"
+    )
+    return growth(prepare, f"engine.save_checkpoint({str(directory)!r})")
+
+
+def consolidate(directory: Path, output: Path, max_shard_size: str) -> int:
+    """By how much the peak of a process grew that had only the script."""
+    prepare = f"sys.path.append({str(Path(zero_to_fp32.__file__).parent)!r})\n" \
+              "from zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert"  # fmt: skip
+    return growth(prepare, f"convert({str(directory)!r}, {str(output)!r}, {max_shard_size!r})")
 
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A checkpoint, the growth of the process that wrote it, and the bytes of its weights."""
+    """A checkpoint, and the growth of the process that wrote it."""
     directory = tmp_path_factory.mktemp("big")
-    prepare = (
-        "import shardwise\nfrom tests.world.test_checkpoint_memory import big_model\n"
-        "engine, *_ = shardwise.initialize(model=big_model(), config={'train_micro_batch_size_per_gpu': 1}, "
-        "device='cpu')"
-    )
-    grown = growth(prepare, f"engine.save_checkpoint({str(directory)!r})")
-    return directory, grown
+    return directory, write_big(directory)
 
 
 def test_a_save_holds_one_block(big: tuple[Path, int]) -> None:
@@ -100,12 +118,22 @@ def test_a_save_holds_one_block(big: tuple[Path, int]) -> None:
 @pytest.mark.parametrize("output", ["weights.bin", "weights.safetensors", "shards"])
 def test_consolidation_holds_one_parameter(big: tuple[Path, int], output: str, tmp_path: Path) -> None:
     total, largest = 4 * DEPTH * WIDTH**2, 4 * WIDTH**2
-    call = f"convert({str(big[0])!r}, {str(tmp_path / output)!r}, '50MB')"
-    prepare = f"sys.path.append({str(Path(zero_to_fp32.__file__).parent)!r})\n" \
-              "from zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert"  # fmt: skip
-    grown = growth(prepare, call)
+    grown = consolidate(big[0], tmp_path / output, "50MB")
     assert grown < total / 10 + largest + BLOCK_BYTES, f"{grown / 2**20:.0f} MiB of {total / 2**20:.0f}"
     if output == "weights.bin":
         found = torch.load(tmp_path / output, mmap=True, weights_only=True)
         wanted = big_model().state_dict()
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["weights.bin", "shards"])
+def test_consolidation_of_two_gigabytes(output: str, tmp_path: Path) -> None:
+    """The largest parameter is half of what a tenth of the whole is."""
+    depth, vocabulary = 450, 25_600
+    largest = 4 * vocabulary * WIDTH
+    total = largest + 4 * depth * WIDTH**2
+    assert total > 1.99e9 and largest < total / 10
+    assert write_big(tmp_path / "big", depth, vocabulary) < BLOCK_BYTES + 12 * 2**20
+    grown = consolidate(tmp_path / "big", tmp_path / output, "500MB")
+    assert grown < total / 10 + largest, f"{grown / 2**20:.0f} MiB of {total / 2**20:.0f}"

@@ -1,10 +1,10 @@
-"""Reading a checkpoint: each rank maps the byte ranges that it will hold, whatever world and stage wrote them.
+"""Reading a checkpoint: each rank reads the byte ranges that it will hold, whatever world and stage wrote them.
 
 ::
 
     open      manifest and tag; the same on every rank
     check     names and shapes fit, every byte to be read has its checksum; a fault on one rank is everybody's error
-    install   only now the engine changes
+    install   only now the engine changes: new optimizer states are there already, weights are read a second time
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from shardwise.checkpoint.manifest import Manifest, check_tag, complete_tags, find_tag, read_manifest
 from shardwise.checkpoint.model import IncompatibleKeys, Loading, SavedModel, Trained, Wishes
 from shardwise.checkpoint.save import Meeting, agree
-from shardwise.checkpoint.shard_file import ShardFile
+from shardwise.checkpoint.shard_file import ShardFile, settle
 from shardwise.checkpoint.tree import decode
 from shardwise.errors import CheckpointError
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """A complete checkpoint, open for reading; files are mapped when they are first needed. A context.
+    """A complete checkpoint, open for reading; files are opened when they are first needed. A context.
 
     Args:
         directory: of the checkpoint itself.
@@ -55,11 +55,19 @@ class Checkpoint:
         return self._open[number]
 
     def check(self, file: int, key: str, begin: int, end: int) -> None:
-        """Check the bytes of these elements."""
+        """Note that the bytes of these elements are to be checked."""
         self._file(file).check(key, begin, end)
 
+    def read_later(self, file: int, key: str, begin: int, out: torch.Tensor) -> None:
+        """Note that ``out`` is to be filled with the elements from ``begin`` on."""
+        self._file(file).read_later(key, begin, out)
+
+    def settle(self) -> None:
+        """Do what was noted: each block of each file is read once."""
+        settle(self._open.values())
+
     def read_into(self, file: int, key: str, begin: int, out: torch.Tensor) -> None:
-        """Fill ``out`` with the elements from ``begin`` on."""
+        """Fill ``out`` with the elements from ``begin`` on, now."""
         self._file(file).read_into(key, begin, out)
 
     def entry(self, file: int, key: str) -> torch.Tensor:
@@ -91,9 +99,7 @@ class Checkpoint:
         return decode(self.manifest.ranks[rank], self.tensor, "rank", allow_pickle)
 
     def close(self) -> None:
-        """Take the mappings away."""
-        for file in self._open.values():
-            file.close()
+        """Forget the files."""
         self._open.clear()
 
     def __enter__(self) -> Checkpoint:
@@ -183,7 +189,8 @@ def load(
         What names did not meet, for each model, and what ``more`` gave.
 
     Raises:
-        CheckpointError: something does not fit or is damaged, on any rank; nothing was changed then.
+        CheckpointError: something does not fit or is damaged, on any rank; nothing was changed then, unless a file
+            that was whole when it was checked could not be read a second time: its message says so.
     """
     found: list[tuple[list[Loading], Any]] = []
 
@@ -197,6 +204,15 @@ def load(
 
     agree(meeting, "what a load has found", check)
     loadings, extra = found[0]
+    for loading in loadings:
+        loading.begin(step)
+
+    def read_weights() -> None:
+        with _as_saved(checkpoint.directory):
+            for loading in loadings:
+                loading.read_weights()
+
+    agree(meeting, "the weights of a load", read_weights)
     with _as_saved(checkpoint.directory):
         for loading in loadings:
             loading.install(step)

@@ -278,10 +278,16 @@ class Reads(Protocol):
         """Ranks that wrote them."""
 
     def check(self, file: int, key: str, begin: int, end: int) -> None:
-        """Check the bytes of these elements."""
+        """Note that the bytes of these elements are to be checked."""
+
+    def read_later(self, file: int, key: str, begin: int, out: torch.Tensor) -> None:
+        """Note that ``out`` is to be filled with the elements from ``begin`` on."""
+
+    def settle(self) -> None:
+        """Do what was noted."""
 
     def read_into(self, file: int, key: str, begin: int, out: torch.Tensor) -> None:
-        """Fill ``out`` with the elements from ``begin`` on."""
+        """Fill ``out`` with the elements from ``begin`` on, now."""
 
     def tensor(self, key: str) -> torch.Tensor:
         """A tensor of a tree."""
@@ -302,13 +308,18 @@ class SavedModel:
         self.files = files
 
     def check_weight(self, name: str, span: Span) -> None:
-        """Check the bytes that ``read_weight`` will read."""
+        """Note that the bytes which ``read_weight`` will read are to be checked."""
         for file, key, common, begin in self._overlaps(WEIGHT, name, span):
             self.files.check(file, key, common.begin - begin, common.end - begin)
 
     def read_weight(self, name: str, span: Span, out: torch.Tensor) -> None:
-        """Fill ``out`` [span] with those elements of a parameter."""
-        self._read(WEIGHT, name, span, out)
+        """Note that ``out`` [span] is to be filled with those elements of a parameter."""
+        self._read_later(WEIGHT, name, span, out)
+
+    def _read_later(self, kind: str, name: str, span: Span, out: torch.Tensor) -> None:
+        for file, key, common, begin in self._overlaps(kind, name, span):
+            place = common.shift(-span.begin)
+            self.files.read_later(file, key, common.begin - begin, out[place.begin : place.end])
 
     def _read(self, kind: str, name: str, span: Span, out: torch.Tensor) -> None:
         for file, key, common, begin in self._overlaps(kind, name, span):
@@ -393,8 +404,8 @@ class SavedModel:
         return others if isinstance(others, dict) else {}
 
     def read_state(self, kind: str, name: str, within_parameter: Span, out: torch.Tensor) -> None:
-        """Fill ``out`` with those elements."""
-        self._read(state_kind(kind), name, within_parameter, out)
+        """Note that ``out`` is to be filled with those elements; it is, at the end of a ``Loading``'s first phase."""
+        self._read_later(state_kind(kind), name, within_parameter, out)
 
 
 @dataclass(frozen=True)
@@ -407,7 +418,9 @@ class Wishes:
 
 
 class Loading:
-    """Reads a model in two phases: ``__init__`` finds all faults and changes nothing, ``install`` changes the engine.
+    """Reads a model in two phases: ``__init__`` finds all faults and changes nothing; what follows changes the engine.
+
+    ``begin``, ``read_weights`` and ``install`` follow, in this order.
 
     Args:
         saved: where from.
@@ -443,6 +456,7 @@ class Loading:
         if wishes.scheduler and hasattr(trained.scheduler, "load_state_dict") and saved.record.scheduler is not None:
             state = _dictionary(saved.tree(saved.record.scheduler, "lr_scheduler"), "lr_scheduler")
             self._installs.append(lambda: trained.scheduler.load_state_dict(state))
+        saved.files.settle()
 
     def _segments(self) -> Iterator[Segment]:
         for unit in self._trained.units:
@@ -565,13 +579,19 @@ class Loading:
             reduced = owned.new_zeros(shard.numel)  # a rank without any of them takes part in what the others do
         return SoFar(None if reduced is None else InMemory(reduced), unreduced)
 
-    @torch.no_grad()
-    def install(self, step: int) -> None:
-        """Change the engine. Collective."""
-        trained, comm = self._trained, self._trained.comm
-        comm.exchange(CollectiveId("begin of a load", "", step), b"")
+    def begin(self, step: int) -> None:
+        """Everybody has checked, and nobody reads this rank's weights any more. Collective."""
+        trained = self._trained
+        trained.comm.exchange(CollectiveId("begin of a load", "", step), b"")
         if trained.step is not None:
             trained.step.clear_gradients()
+
+    def read_weights(self) -> None:
+        """Change the weights of this rank's shard.
+
+        Raises:
+            CheckpointError: a file was whole when it was checked and cannot be read again.
+        """
         for segment in self._segments():
             for name, span, rest in self._wanted(segment):
                 if isinstance(rest, InMemory):
@@ -579,7 +599,22 @@ class Loading:
                 else:
                     values = torch.empty(span.numel, dtype=rest.dtype)
                     self._saved.read_weight(name, span, values)
+                    self._settle()
                     rest.save(values)
+        self._settle()
+
+    def _settle(self) -> None:
+        try:
+            self._saved.files.settle()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} It was whole a moment ago, so weights are half loaded: load a checkpoint before going on."
+            ) from error
+
+    @torch.no_grad()
+    def install(self, step: int) -> None:
+        """Change the rest. Collective."""
+        trained, comm = self._trained, self._trained.comm
         for name, value in self._buffers.items():
             trained.references[name].copy_(value)
         for change in self._installs:

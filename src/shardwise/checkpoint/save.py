@@ -27,17 +27,19 @@ import torch
 
 from shardwise.checkpoint import manifest as manifests
 from shardwise.checkpoint.claim import Claims
+from shardwise.checkpoint.direct_file import Slab
 from shardwise.checkpoint.manifest import Manifest, ModelRecord
 from shardwise.checkpoint.model import Part, Trained, merge, owners_of_buffers
-from shardwise.checkpoint.shard_file import Entry, FileRecord, write_shard_file
+from shardwise.checkpoint.shard_file import Entry, FileImage, FileRecord, write_shard_file
 from shardwise.checkpoint.tree import encode
 from shardwise.errors import CheckpointError, ShardwiseError
+from shardwise.zero.rest import InMemory
 
 logger = logging.getLogger(__name__)
 
 SCRIPT = "zero_to_fp32.py"
 PATIENCE_SECONDS = 300.0
-"""How long rank 0 waits beside training for another rank whose file does not grow."""
+"""How long rank 0 waits beside training for another rank whose file nothing is written to."""
 _POLL_SECONDS = 0.02
 
 
@@ -117,6 +119,7 @@ class Background:
         self.claims = Claims()
         self._saving: _Save | None = None
         self._thread: threading.Thread | None = None
+        self._slabs: list[Slab] = []
 
     def start(self, place: Place, content: Content, meeting: Meeting) -> None:
         """Copy what is to be written to host memory, and write it while training goes on. Collective.
@@ -126,7 +129,13 @@ class Background:
         """
         self.finish(meeting)
         self._saving = _Save(place, content, meeting, self.claims)
-        self._saving.copy_to_host()
+        if self._saving.is_in_stores:
+            # A copy in host memory is what files on NVMe are there to avoid.
+            logger.warning("optimizer state or parameters rest in files: the save is written before training goes on.")
+            saving, self._saving = self._saving, None
+            saving.run()
+            return
+        self._saving.copy_to_host(self._slabs)
         # No daemon: a script that ends waits for its last checkpoint.
         self._thread = threading.Thread(target=self._saving.run_beside_training, name="shardwise-save")
         self._thread.start()
@@ -149,9 +158,15 @@ class Background:
         self._thread = self._saving = None
 
     def close(self) -> None:
-        """Return when this rank has nothing more to do with any save; other runs may then save where this one did."""
+        """``join``; other runs may then save where this one did, and the memory kept for the next save is free."""
         self.join()
         self.claims.release()
+        self._slabs.clear()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Host memory that is kept from one save to the next: touching new memory takes longer than copying."""
+        return sum(slab.nbytes for slab in self._slabs)
 
 
 class _Save:
@@ -195,6 +210,7 @@ class _Save:
             owners = owners_of_buffers([word["models"][index] for word in words])
             part.add_buffers([name for name, ranks in owners.items() if rank in ranks])
         self._entries = [entry for part in self._parts for entry in part.entries] + trees
+        self._image: FileImage | None = None
         self._words = words
 
     def _prepare_directory(self) -> None:
@@ -203,7 +219,6 @@ class _Save:
         if self._claims.take(self._place.claimed or directory):
             manifests.remove_leftovers(directory)
         own.mkdir(exist_ok=True)
-        manifests.sync_directory(own.parent)
         named = _names_of(own)
         manifests.remove_files(own, keep=named)
 
@@ -217,9 +232,15 @@ class _Save:
             raise
         agree(self._meeting, "the end of a checkpoint", lambda: self._commit(files))
 
-    def copy_to_host(self) -> None:
-        """Training may change everything from here on."""
-        self._entries = [entry.on_host() for entry in self._entries]
+    @property
+    def is_in_stores(self) -> bool:
+        """Whether some of it is not in memory. All ranks answer alike."""
+        return any(not isinstance(part, InMemory) for entry in self._entries for part in entry.parts)
+
+    def copy_to_host(self, slabs: list[Slab]) -> None:
+        """Training may change everything from here on; ``slabs`` are for the copy, and become as many as it needs."""
+        self._image = FileImage(self._entries, slabs)
+        self._entries = []
 
     def run_beside_training(self) -> None:
         """What ``run`` does, meeting in the directory; a failure is kept for ``raise_failure``."""
@@ -231,7 +252,7 @@ class _Save:
                 self._path().unlink(missing_ok=True)
                 self._failure = error
                 said = {"error": _explain(error)}
-            self._entries = []
+            self._image = None
             self._leave_note(json.dumps(said).encode())
             if self._meeting.rank == 0 and self._failure is None:
                 self._commit([self._await_note(rank) for rank in range(self._meeting.size)])
@@ -257,11 +278,11 @@ class _Save:
             raise
 
     def _await_note(self, rank: int) -> dict[str, Any]:
-        size, deadline = -1, 0.0
+        seen, deadline = -1, 0.0
         while not self._note(rank).exists():
-            with contextlib.suppress(OSError):
-                grown = self._path(rank).stat().st_size
-                size, deadline = (size, deadline) if grown == size else (grown, time.monotonic() + PATIENCE_SECONDS)
+            with contextlib.suppress(OSError):  # it has its length from the beginning; the time of its last write moves
+                written = self._path(rank).stat().st_mtime_ns
+                seen, deadline = (seen, deadline) if written == seen else (written, time.monotonic() + PATIENCE_SECONDS)
             deadline = deadline or time.monotonic() + PATIENCE_SECONDS
             if time.monotonic() > deadline:
                 raise CheckpointError(f"rank {rank} has written nothing for {PATIENCE_SECONDS:.0f} s.")
@@ -277,7 +298,8 @@ class _Save:
         return self._place.own_directory / f"rank_{number:05d}.{self._id}.safetensors"
 
     def _write(self) -> dict[str, Any]:
-        record = write_shard_file(self._path(), self._entries)
+        image, path = self._image, self._path()
+        record = write_shard_file(path, self._entries) if image is None else image.write(path)
         return {"name": record.name, "bytes": record.nbytes, "checksums": record.checksums}
 
     def _commit(self, files: Sequence[Mapping[str, Any]]) -> None:
@@ -292,6 +314,7 @@ class _Save:
                     "machines share."
                 )
         manifests.sync_directory(own)
+        manifests.sync_directory(own.parent)
         write_script(self._place.directory)
         manifests.write_manifest(own, self._manifest(files))
         if self._place.save_latest:

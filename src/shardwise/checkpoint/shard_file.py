@@ -1,30 +1,52 @@
 """One file of a checkpoint: safetensors, written and read piece by piece, with a checksum for each block of it.
 
 safetensors' own functions take and give whole dicts of tensors. A checkpoint streams: entries may be joined from
-several views of live memory, and a reader maps the byte ranges that it needs, checking only the blocks of these.
+several views of live memory, and a reader asks for the byte ranges that it needs, and checks only the blocks of these.
+
+::
+
+    write   fill a slab | checksum it | write it, around the page cache    each beside the next; a few slabs in all
+    read    notes of what is wanted; then each block once: read it | checksum it | copy out what was wanted of it
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
-import mmap
 import os
+import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, Self
 
 import torch
 
+from shardwise.checkpoint.copies import Filling, cut, fill_all, wait_for_devices
+from shardwise.checkpoint.direct_file import NewFile, Slab
 from shardwise.checkpoint.plain_file import reading
 from shardwise.checkpoint.tree import DTYPE_NAMES, DTYPES
 from shardwise.errors import CheckpointError
 from shardwise.zero.rest import InMemory, Rest
 
 BLOCK_BYTES = 1 << 24
-"""Bytes that one checksum covers: what is written in one go, and what is read at least."""
+"""Bytes that one checksum covers: what is read at least."""
+SLAB_BYTES = 1 << 22
+"""Bytes that are copied, written or read in one go."""
+IMAGE_SLAB_BYTES = 1 << 24
+"""The same for a copy of the whole file in host memory."""
+WRITERS = 2
+"""Threads that write one file: one more than a disk needs that takes one piece at a time."""
+SLABS = WRITERS + 2
+"""Slabs of a save: those that are being written, one that is checksummed, one that is filled."""
+READERS = 4
+"""Threads that read blocks: two at the disk, two at their checksums."""
 MAX_HEADER_BYTES = 100_000_000
 """The limit that safetensors itself sets."""
 
@@ -48,14 +70,6 @@ class Entry:
         """Bytes of all parts."""
         return sum(part.numel * part.dtype.itemsize for part in self.parts)
 
-    def on_host(self) -> Entry:
-        """The same, copied to host memory: training may go on and change the original."""
-        return Entry(self.key, self.dtype, self.shape, tuple(_host_copy(part) for part in self.parts))
-
-
-def _host_copy(part: Rest) -> InMemory:
-    return InMemory(part.load().detach().to("cpu", copy=True).contiguous())
-
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -67,54 +81,112 @@ class FileRecord:
     """CRC-32 of each block of ``BLOCK_BYTES``, the last one shorter."""
 
 
-class _BlockWriter:
-    """Gathers bytes into blocks; each is written, and its checksum noted, when it is full."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._block = memoryview(bytearray(BLOCK_BYTES))
-        self._filled = 0
-        self.nbytes = 0
-        self.checksums: list[int] = []
-
-    def write(self, data: memoryview) -> None:
-        at = 0
-        while at < len(data):
-            taken = min(len(data) - at, BLOCK_BYTES - self._filled)
-            self._block[self._filled : self._filled + taken] = data[at : at + taken]
-            self._filled += taken
-            at += taken
-            if self._filled == BLOCK_BYTES:
-                self.flush()
-
-    def flush(self) -> None:
-        block = self._block[: self._filled]
-        if not block:
-            return
-        self.checksums.append(zlib.crc32(block))
-        self.nbytes += len(block)
-        while block:
-            block = block[os.write(self._descriptor, block) :]
-        self._filled = 0
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def layout_of(entries: Sequence[Entry]) -> tuple[bytes, list[Entry]]:
-    """The header and the order in which the entries' bytes follow it: wide dtypes first, so that all are aligned."""
+def layout_of(entries: Sequence[Entry]) -> tuple[bytes, list[Entry], int]:
+    """The header, the order in which the entries' bytes follow it, and how many bytes all of it has.
+
+    Wide dtypes come first, so that all are aligned.
+    """
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, Any] = {}
     at = 0
     for entry in ordered:
         if entry.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{entry.key!r} has dtype {entry.dtype}, which safetensors does not know.")
+        end = at + entry.nbytes
         header[entry.key] = {
             "dtype": DTYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
-            "data_offsets": [at, at + entry.nbytes],
+            "data_offsets": [at, end],
         }
-        at += entry.nbytes
+        at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, ordered
+    return len(text).to_bytes(8, "little") + text, ordered, 8 + len(text) + at
+
+
+class _Contents:
+    """What a file will hold, from its first byte on."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        header, self._ordered, self.nbytes = layout_of(entries)
+        self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        self.on_device = any(
+            isinstance(part, InMemory) and part.tensor.device.type != "cpu"
+            for entry in self._ordered
+            for part in entry.parts
+        )
+
+    def cut(self, slab_bytes: int) -> Iterator[Filling]:
+        return cut(self._tensors(), slab_bytes)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield self._header
+        for entry in self._ordered:
+            for part in entry.parts:
+                yield part.load()
+
+
+class _Writing:
+    """A file that is being written, in order: checksummed here, brought to the disk by other threads. A context."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self._name = path.name
+        self._at = 0
+        self._checksums: list[int] = []
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # Not an executor, which takes no work once the script has ended, where a save beside training may still run.
+        self._threads = [threading.Thread(target=self._run, name=f"shardwise-write-{n}") for n in range(WRITERS)]
+        self._file = NewFile(path, nbytes)
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+    def write(self, data: memoryview, nbytes: int) -> Future[None]:
+        """The next ``nbytes``, which lie at the beginning of ``data``; they may be changed when the future is done."""
+        if self._at % BLOCK_BYTES == 0:
+            self._checksums.append(0)
+        self._checksums[-1] = zlib.crc32(data[:nbytes], self._checksums[-1])
+        future: Future[None] = Future()
+        offset = self._at
+
+        def work() -> None:
+            try:
+                self._file.write(data, offset, nbytes)
+                future.set_result(None)
+            except BaseException as error:  # raised where the future is asked
+                future.set_exception(error)
+
+        self._work.put(work)
+        self._at += nbytes
+        return future
+
+    def finish(self) -> FileRecord:
+        """When all futures were waited for: the disk has everything."""
+        self._file.finish()
+        return FileRecord(self._name, self._at, tuple(self._checksums))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Empty):  # after a failure there is work that nobody wants any more
+            while True:
+                self._work.get_nowait()
+        for _thread in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join()  # before the file goes: a descriptor's number may come again
+        self._file.close()
+
+
+def _slab_bytes() -> int:
+    return min(SLAB_BYTES, BLOCK_BYTES)
 
 
 def write_shard_file(path: Path, entries: Sequence[Entry]) -> FileRecord:
@@ -123,31 +195,59 @@ def write_shard_file(path: Path, entries: Sequence[Entry]) -> FileRecord:
     Raises:
         OSError: the file exists, or the disk does not take it.
     """
-    header, ordered = layout_of(entries)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        writer = _BlockWriter(descriptor)
-        writer.write(memoryview(header))
-        for entry in ordered:
-            for part in entry.parts:
-                for data in _bytes_of(part.load()):
-                    writer.write(data)
-        writer.flush()
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return FileRecord(path.name, writer.nbytes, tuple(writer.checksums))
+    contents = _Contents(entries)
+    num_slabs = min(SLABS, -(-contents.nbytes // _slab_bytes()))
+    free = [Slab(_slab_bytes(), contents.on_device) for _ in range(num_slabs)]
+    under_way: deque[tuple[Future[None], Slab]] = deque()
+    with _Writing(path, contents.nbytes) as writing:
+        for filling in contents.cut(_slab_bytes()):
+            if not free:
+                oldest, slab = under_way.popleft()
+                oldest.result()
+                free.append(slab)
+            slab = free.pop()
+            filling.fill(slab)
+            wait_for_devices([filling])
+            under_way.append((writing.write(slab.view, filling.nbytes), slab))
+        for future, _ in under_way:
+            future.result()
+        return writing.finish()
 
 
-def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes; what rests on a device comes to the host in blocks, never whole."""
-    flat = tensor.detach().reshape(-1)
-    step = max(1, BLOCK_BYTES // tensor.itemsize)
-    pieces = [flat] if flat.device.type == "cpu" else flat.split(step)
-    for piece in pieces:
-        if piece.numel():
-            on_host = piece.cpu().contiguous()  # lives until the next piece is asked for
-            yield bytes_of(on_host)
+class FileImage:
+    """A file to be, copied to host memory: training may go on and change the originals.
+
+    Args:
+        entries: of the file.
+        slabs: memory of earlier images, which this one uses and makes as many as it needs: where pages were touched
+            before, a copy takes a fraction of the time.
+    """
+
+    def __init__(self, entries: Sequence[Entry], slabs: list[Slab]) -> None:
+        contents = _Contents(entries)
+        self._nbytes = contents.nbytes
+        fillings = list(contents.cut(IMAGE_SLAB_BYTES))
+        del slabs[len(fillings) :]
+        slabs += [Slab(IMAGE_SLAB_BYTES, contents.on_device) for _ in range(len(fillings) - len(slabs))]
+        self._slabs = slabs
+        fill_all(fillings, slabs)
+
+    def write(self, path: Path) -> FileRecord:
+        """Write it as a new file, and wait until it is on the disk.
+
+        Raises:
+            OSError: the file exists, or the disk does not take it.
+        """
+        step = _slab_bytes()
+        with _Writing(path, self._nbytes) as writing:
+            futures = []
+            for number, slab in enumerate(self._slabs):
+                within = min(IMAGE_SLAB_BYTES, self._nbytes - number * IMAGE_SLAB_BYTES)
+                for at in range(0, within, step):
+                    futures.append(writing.write(slab.view[at:], min(step, within - at)))
+            for future in futures:
+                future.result()
+            return writing.finish()
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -158,8 +258,47 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """Bytes ``begin`` to ``end`` of the file: to be checked, and copied to ``out`` where there is one."""
+
+    begin: int
+    end: int
+    dtype: torch.dtype
+    out: torch.Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file's bytes are those of ``out``."""
+        return (
+            self.out is not None
+            and self.out.dtype == self.dtype
+            and self.out.device.type == "cpu"
+            and self.out.is_contiguous()
+        )
+
+    def take(self, data: Slab, at: int, nbytes: int) -> None:
+        """Copy what ``data``, the file's ``nbytes`` from ``at`` on, has of it; elements are cut nowhere."""
+        begin, end = max(self.begin, at), min(self.end, at + nbytes)
+        if self.out is None or begin >= end:
+            return
+        size = self.dtype.itemsize
+        part = self.out[(begin - self.begin) // size : (end - self.begin) // size]
+        if self.is_plain:
+            # Of ctypes, for it lets other threads run, and torch's would start threads of its own in each.
+            ctypes.memmove(part.data_ptr(), data.address + begin - at, end - begin)
+        else:
+            with torch.no_grad():  # each thread has its own such mode
+                part.copy_(data.tensor[begin - at : end - at].view(self.dtype))
+
+
 class ShardFile:
-    """A file of a checkpoint, mapped for reading; what is read was checked against its checksums first.
+    """A file of a checkpoint, open for reading; what is read was checked against its checksums first.
+
+    ``check`` and ``read_later`` take notes, which ``settle`` carries out: each block is read once, by several threads.
 
     Args:
         directory: of the checkpoint.
@@ -173,19 +312,18 @@ class ShardFile:
         self.path = directory / record.name
         self._record = record
         self._checked: set[int] = set()
+        self._wishes: dict[int, list[_Wish]] = {}
         try:
             with reading(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
-                if size != record.nbytes:
-                    raise self._fault(f"it has {size} bytes where {record.nbytes} were written: it was cut or replaced")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise CheckpointError(f"{self.path} of the checkpoint cannot be read: {error.strerror}.") from error
-        try:
-            self._data_begin, self._entries = self._read_header()
-        except BaseException:
-            self._map.close()
-            raise
+            raise self._unreadable(error) from error
+        if size != record.nbytes:
+            raise self._fault(f"it has {size} bytes where {record.nbytes} were written: it was cut or replaced")
+        self._data_begin, self._entries = self._read_header()
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.path} of the checkpoint cannot be read: {error.strerror}.")
 
     def _fault(self, what: str) -> CheckpointError:
         return CheckpointError(
@@ -196,48 +334,38 @@ class ShardFile:
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         if self._record.nbytes < 8:
             raise self._fault("it is too short for a header")
-        self._check_blocks(0, 8)
-        length = int.from_bytes(self._map[:8], "little")
+        length = int.from_bytes(self._read_bytes(0, 8), "little")
         if length > min(MAX_HEADER_BYTES, self._record.nbytes - 8):
             raise self._fault(f"its header claims {length} bytes")
-        self._check_blocks(8, 8 + length)
         try:
-            header = json.loads(self._map[8 : 8 + length])
+            header = json.loads(self._read_bytes(8, 8 + length))
         except (ValueError, RecursionError) as error:
             raise self._fault("its header is not JSON") from error
         if not isinstance(header, dict):
             raise self._fault("its header is not a JSON object")
         return 8 + length, header
 
-    def _check_blocks(self, begin: int, end: int) -> None:
-        for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
-            if number in self._checked:
-                continue
-            block = memoryview(self._map)[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-            found = zlib.crc32(block)
-            block.release()
-            if number >= len(self._record.checksums) or found != self._record.checksums[number]:
-                raise self._fault(
-                    f"bytes {number * BLOCK_BYTES} to {min((number + 1) * BLOCK_BYTES, self._record.nbytes)} "
-                    "do not have the checksum that they were written with"
-                )
-            self._checked.add(number)
+    def _read_bytes(self, begin: int, end: int) -> bytes:
+        out = torch.empty(end - begin, dtype=torch.uint8)
+        self._read_now(_Wish(begin, end, torch.uint8, out))
+        return bytes(bytes_of(out))
 
-    def check(self, key: str, begin: int, end: int) -> tuple[torch.dtype, int]:
-        """Check the blocks of elements ``begin`` to ``end`` of an entry; its dtype, and the first byte of them."""
+    # --- notes
+
+    def check(self, key: str, begin: int, end: int) -> None:
+        """Note that the blocks of elements ``begin`` to ``end`` of an entry are to be checked."""
         dtype, _, at = self._place(key, begin, end)
-        self._check_blocks(at, at + (end - begin) * dtype.itemsize)
-        return dtype, at
+        self._note(_Wish(at, at + (end - begin) * dtype.itemsize, dtype, None))
+
+    def read_later(self, key: str, begin: int, out: torch.Tensor) -> None:
+        """Note that ``out`` (1-D, any dtype and device) is to be filled with the elements from ``begin`` on."""
+        dtype, _, at = self._place(key, begin, begin + out.numel())
+        self._note(_Wish(at, at + out.numel() * dtype.itemsize, dtype, out))
 
     def read_into(self, key: str, begin: int, out: torch.Tensor) -> None:
-        """Fill ``out`` (1-D, any dtype and device) with the elements from ``begin`` on."""
-        if not out.numel():
-            return
-        dtype, at = self.check(key, begin, begin + out.numel())
-        view = memoryview(self._map)[at : at + out.numel() * dtype.itemsize]
-        # The copy is over before the view goes: nothing of the mapping outlives it, and nothing writes to it.
-        out.copy_(_read_only(view, dtype))
-        view.release()
+        """The same, at once: for little things, whose blocks are not read again for each of them."""
+        dtype, _, at = self._place(key, begin, begin + out.numel())
+        self._read_now(_Wish(at, at + out.numel() * dtype.itemsize, dtype, out))
 
     def read(self, key: str) -> torch.Tensor:
         """A whole entry, in its shape."""
@@ -245,6 +373,25 @@ class ShardFile:
         tensor = torch.empty(shape, dtype=dtype)
         self.read_into(key, 0, tensor.view(-1))
         return tensor
+
+    def _read_now(self, wish: _Wish) -> None:
+        self._note(replace(wish, out=None))
+        self.settle()
+        if wish.out is None or wish.begin == wish.end:
+            return
+        whole = wish.out if wish.is_plain else torch.empty(wish.out.numel(), dtype=wish.dtype)
+        try:
+            with reading(self.path) as file:
+                self._read_exactly(file.fileno(), bytes_of(whole), wish.begin)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if whole is not wish.out:
+            wish.out.copy_(whole)
+
+    def _note(self, wish: _Wish) -> None:
+        for number in range(wish.begin // BLOCK_BYTES, -(-wish.end // BLOCK_BYTES)):
+            if wish.out is not None or number not in self._checked:
+                self._wishes.setdefault(number, []).append(wish)
 
     def _place(self, key: str, begin: int, end: int) -> tuple[torch.dtype, list[int], int]:
         entry = self._entries.get(key)
@@ -258,19 +405,79 @@ class ShardFile:
             assert 0 <= begin <= end <= numel
             assert 0 <= first <= last <= self._record.nbytes - self._data_begin
             assert last - first == numel * dtype.itemsize
+            assert (self._data_begin + first) % dtype.itemsize == 0 or not numel
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise self._fault(f"it has no elements {begin} to {end} of {key!r}") from error
         return dtype, shape, self._data_begin + first + begin * dtype.itemsize
 
-    def close(self) -> None:
-        """Take the mapping away."""
-        self._map.close()
+    # --- blocks
+
+    def settle(self) -> None:
+        """Do everything that was noted.
+
+        Raises:
+            CheckpointError: the file is damaged or cannot be read; what was to be filled holds anything then.
+        """
+        settle([self])
+
+    def take_blocks(self) -> list[Callable[[Slab], None]]:
+        """What is noted, as one piece of work a block, each to be given some memory; nothing is noted any more."""
+        noted, self._wishes = self._wishes, {}
+        return [partial(self._do_block, number, wishes) for number, wishes in sorted(noted.items())]
+
+    def _do_block(self, number: int, wishes: Sequence[_Wish], slab: Slab) -> None:
+        begin, end = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, self._record.nbytes)
+        found = 0
+        try:
+            with reading(self.path) as file:
+                for at in range(begin, end, slab.nbytes):
+                    nbytes = min(slab.nbytes, end - at)
+                    self._read_exactly(file.fileno(), slab.view[:nbytes], at)
+                    found = zlib.crc32(slab.view[:nbytes], found)
+                    for wish in wishes:
+                        wish.take(slab, at, nbytes)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if number >= len(self._record.checksums) or found != self._record.checksums[number]:
+            raise self._fault(f"bytes {begin} to {end} do not have the checksum that they were written with")
+        self._checked.add(number)
+
+    def _read_exactly(self, descriptor: int, out: memoryview, at: int) -> None:
+        # By way of the page cache: the weights are read twice, once to check them and once to take them.
+        while out:
+            count = os.preadv(descriptor, [out], at)
+            if not count:
+                raise self._fault("it ended early: it was cut while it was read")
+            out, at = out[count:], at + count
 
 
-def _read_only(view: memoryview, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor over mapped memory; torch warns of memory that it must not write, and nobody writes here."""
-    import warnings
+def settle(files: Iterable[ShardFile]) -> None:
+    """Do what was noted for these files, several blocks at once.
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(view, dtype=dtype)
+    Raises:
+        CheckpointError: a file is damaged or cannot be read; what was to be filled holds anything then.
+    """
+    blocks = [block for file in files for block in file.take_blocks()]
+    slabs: SimpleQueue[Slab] = SimpleQueue()
+
+    def do(block: Callable[[Slab], None]) -> None:
+        slab = slabs.get()
+        try:
+            block(slab)
+        finally:
+            slabs.put(slab)
+
+    num_threads = min(READERS, len(blocks))
+    for _ in range(max(1, num_threads)):
+        slabs.put(Slab(_slab_bytes()))
+    if num_threads <= 1:
+        for block in blocks:
+            do(block)
+        return
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="shardwise-read") as pool:
+        try:
+            for future in [pool.submit(do, block) for block in blocks]:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

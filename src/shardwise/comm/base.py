@@ -123,7 +123,8 @@ class Traffic:
 class Communicator(ABC):
     """Moves flat buffers between the ranks of one mesh axis.
 
-    All methods but ``allocate``, ``borrow`` and ``give_back`` are collective: every rank calls them in the same order.
+    All methods but ``allocate``, ``free``, ``borrow`` and ``give_back`` are collective: every rank calls them in the
+    same order.
     A buffer is cut by ``cuts``; "my slice" is ``buffer[cuts[rank]:cuts[rank + 1]]``.
     """
 
@@ -159,6 +160,12 @@ class Communicator(ABC):
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A zeroed 1-D buffer that may be the source of a collective. Every rank allocates the same, in one order."""
         return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def free(self, buffer: torch.Tensor) -> None:  # noqa: B027  (most transports' buffers are ordinary tensors)
+        """``buffer`` from ``allocate`` is used no more, here or by any rank; its memory goes even where tensors do not.
+
+        Every rank frees the same.
+        """
 
     def borrow(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D buffer with undefined content for a while: a gradient buffer on its way to the reduction."""

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import threading
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,7 @@ class MemoryFile:
         self.fd = os.memfd_create("shardwise")
         self.size = 0
         self._offsets: dict[int, int] = {}
+        self._pages: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # tensors keep their own alive
         self.control = self._map(_CONTROL_BYTES)
         self.words = memoryview(self.control).cast("q")
 
@@ -74,7 +76,15 @@ class MemoryFile:
         pages = self._map(max(1, numel * dtype.itemsize))
         tensor = torch.frombuffer(pages, dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
         self._offsets[tensor.untyped_storage().data_ptr()] = offset
+        self._pages[tensor.untyped_storage().data_ptr()] = pages
         return tensor
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """Give the pages of a tensor from ``allocate`` back: unmapping alone would leave them in the file."""
+        start = tensor.untyped_storage().data_ptr()
+        del self._offsets[start]
+        if tensor.numel():
+            self._pages.pop(start).madvise(mmap.MADV_REMOVE)
 
     def offset(self, tensor: torch.Tensor) -> int:
         """Byte offset in the file of a tensor from ``allocate``, or of a view into one."""

@@ -30,6 +30,10 @@ class Relay(Communicator):
         """From the transport's memory."""
         return self._inner.allocate(numel, dtype)
 
+    def free(self, buffer: torch.Tensor) -> None:
+        """To the transport."""
+        self._inner.free(buffer)
+
     def borrow(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """From the transport's memory."""
         return self._inner.borrow(numel, dtype)

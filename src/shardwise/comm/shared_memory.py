@@ -139,6 +139,10 @@ class SharedMemory(Communicator):
         """A zeroed buffer in my memory file: the same allocation of another rank lies at the same offset there."""
         return self._file.allocate(numel, dtype)
 
+    def free(self, buffer: torch.Tensor) -> None:
+        """Its pages leave my memory file."""
+        self._file.free(buffer)
+
     def _new_buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         return self._file.allocate(numel, dtype)
 

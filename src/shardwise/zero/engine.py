@@ -439,7 +439,7 @@ class Engine(nn.Module):
 
     def memory_report(self) -> MemoryReport:
         """Bytes that this rank holds now."""
-        return report_memory(self._comm, self._units, self._step, self._offloading)
+        return report_memory(self._comm, self._units, self._step, self._offloading, self._background.kept_bytes)
 
     def comms_summary(self) -> CommsSummary:
         """This rank's collectives so far, by axis, operation and size.
@@ -718,7 +718,7 @@ class Engine(nn.Module):
         safetensors: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> None:
-        """Write the whole weights from rank 0, one unit whole at a time. Collective.
+        """Write the whole weights from rank 0, one parameter whole at a time. Collective.
 
         Args:
             output: a file (``*.safetensors``, ``*.bin``), or a directory for shards with an index.
@@ -730,7 +730,10 @@ class Engine(nn.Module):
         write_engine(self.trained(), Path(output), max_shard_size, safetensors, not exclude_frozen_parameters)
 
     def gather_state_dict(self) -> dict[str, Any]:
-        """The wrapped model's state dict, whole, on rank 0's CPU; an empty one elsewhere. Collective."""
+        """The wrapped model's state dict, whole, on rank 0's CPU; an empty one elsewhere. Collective.
+
+        Needs memory for it and for one parameter more on rank 0, for one parameter elsewhere.
+        """
         self._check_checkpointable("gather_state_dict")
         return gather_engine(self.trained())
 

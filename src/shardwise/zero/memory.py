@@ -33,6 +33,8 @@ class MemoryReport:
     """Model states at rest by the formula of ``state_bytes``; equals ``states_bytes``."""
     num_parameters: int
     """Elements of the model's parameters, alignment not counted."""
+    checkpoint_bytes: int = 0
+    """Host memory that saves beside training copy to, kept from one to the next."""
 
     @property
     def states_bytes(self) -> int:
@@ -41,8 +43,8 @@ class MemoryReport:
 
     @property
     def total_bytes(self) -> int:
-        """Model states and buffers, files apart."""
-        return self.states_bytes + self.buffers_bytes + self.host_bytes
+        """Model states, buffers and copies for saves; files apart."""
+        return self.states_bytes + self.buffers_bytes + self.host_bytes + self.checkpoint_bytes
 
     def __str__(self) -> str:
         rows = [
@@ -53,6 +55,7 @@ class MemoryReport:
             ("  by formula", self.predicted_bytes),
             ("buffers", self.buffers_bytes),
             *([("host memory", self.host_bytes)] if self.host_bytes else []),
+            *([("copy for saves", self.checkpoint_bytes)] if self.checkpoint_bytes else []),
             ("total", self.total_bytes),
             *([("files", self.nvme_bytes)] if self.nvme_bytes else []),
         ]
@@ -60,7 +63,9 @@ class MemoryReport:
         return "\n".join(f"{name:<14}{size:>16,d} B {size / per_parameter:>8.2f} B/parameter" for name, size in rows)
 
 
-def report_memory(comm: Communicator, units: Sequence[Unit], step: Step | None, offloading: Offloading) -> MemoryReport:
+def report_memory(
+    comm: Communicator, units: Sequence[Unit], step: Step | None, offloading: Offloading, checkpoint_bytes: int = 0
+) -> MemoryReport:
     """Count what is allocated, and compute what should be."""
     segments = [segment for unit in units for segment in unit.segments]
     counted = [segment.resting_bytes() for segment in segments]
@@ -90,4 +95,5 @@ def report_memory(comm: Communicator, units: Sequence[Unit], step: Step | None, 
         nvme_bytes=offloading.nvme_bytes,
         predicted_bytes=predicted.total,
         num_parameters=sum(slot.numel for segment in segments for slot in segment.layout.slots),
+        checkpoint_bytes=checkpoint_bytes,
     )

@@ -1,0 +1,86 @@
+"""Tensors' bytes, laid end to end and cut into slabs of host memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from shardwise.checkpoint.direct_file import Slab
+
+MAX_THREADS = 8
+"""Threads that copy at once; fewer saturate the memory of any machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """``nbytes`` of ``source`` (flat), from its byte ``begin`` on, go to byte ``at`` of the slab."""
+
+    source: torch.Tensor
+    begin: int
+    nbytes: int
+    at: int
+
+
+@dataclass(slots=True)
+class Filling:
+    """What one slab is to hold."""
+
+    copies: list[_Copy] = field(default_factory=list)
+    nbytes: int = 0
+
+    def add(self, source: torch.Tensor, begin: int, limit: int) -> int:
+        """Take what fits of a flat tensor, from its byte ``begin`` on, until ``limit`` is full; bytes taken."""
+        taken = min(source.nbytes - begin, limit - self.nbytes)
+        self.copies.append(_Copy(source, begin, taken, self.nbytes))
+        self.nbytes += taken
+        return taken
+
+    def fill(self, slab: Slab) -> None:
+        """Copy; what comes from a device may still be on its way into pinned memory."""
+        for copy in self.copies:
+            if copy.source.device.type == "cpu":
+                # Of ctypes, for it lets other threads run, and torch's would start threads of its own in each.
+                ctypes.memmove(slab.address + copy.at, copy.source.data_ptr() + copy.begin, copy.nbytes)
+            else:
+                source = copy.source.view(torch.uint8)[copy.begin : copy.begin + copy.nbytes]
+                slab.tensor[copy.at : copy.at + copy.nbytes].copy_(source, non_blocking=True)
+
+
+def cut(tensors: Iterable[torch.Tensor], slab_bytes: int) -> Iterator[Filling]:
+    """The fillings of slabs of ``slab_bytes``, in order; all are full but the last."""
+    filling = Filling()
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).contiguous()
+        begin = 0
+        while begin < flat.nbytes:
+            begin += filling.add(flat, begin, slab_bytes)
+            if filling.nbytes == slab_bytes:
+                yield filling
+                filling = Filling()
+    if filling.nbytes:
+        yield filling
+
+
+def wait_for_devices(fillings: Iterable[Filling]) -> None:
+    """Return when what was copied from devices is in host memory."""
+    devices = {copy.source.device for filling in fillings for copy in filling.copies}
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+
+def fill_all(fillings: Sequence[Filling], slabs: Sequence[Slab]) -> None:
+    """Fill one slab after the other; several at once where everything is in host memory."""
+    on_host = all(copy.source.device.type == "cpu" for filling in fillings for copy in filling.copies)
+    threads = min(torch.get_num_threads(), MAX_THREADS, len(fillings)) if on_host else 1
+    if threads > 1:
+        with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-copy") as pool:
+            list(pool.map(Filling.fill, fillings, slabs))
+    else:
+        for filling, slab in zip(fillings, slabs, strict=True):
+            filling.fill(slab)
+    wait_for_devices(fillings)
