@@ -10,7 +10,7 @@ from typing import Any
 
 from shardwise import roll_call
 from shardwise.checkpoint import export, randomness
-from shardwise.checkpoint.load import Checkpoint, load, locate, logger
+from shardwise.checkpoint.load import load, locate, logger, open_together
 from shardwise.checkpoint.model import IncompatibleKeys, Trained, Wishes
 from shardwise.checkpoint.save import Background, Content, Meeting, Place, save
 from shardwise.checkpoint.zero_to_fp32 import parse_size
@@ -101,7 +101,7 @@ def load_engine(
             logger.warning("there is no checkpoint in %s: nothing was loaded.", directory)
         return None
     meeting = EngineMeeting(trained.comm, trained.counters["global_steps"])
-    with Checkpoint(own) as checkpoint:
+    with open_together(own, meeting) as checkpoint:
 
         def more() -> tuple[Any, Any]:
             shared = checkpoint.shared(allow_pickle)

@@ -488,7 +488,9 @@ class Loading:
                 "the checkpoint holds no optimizer: it was saved by an engine without one. Pass "
                 "load_optimizer_states=False to begin with a new optimizer state."
             )
-        if saved["class"] != type(optimizer).__name__ or len(saved["groups"]) != len(groups):
+        # Others' files do not name the class; what may have written such state is listed.
+        classes = saved.get("classes", [saved["class"]])
+        if type(optimizer).__name__ not in classes or len(saved["groups"]) != len(groups):
             raise CheckpointError(
                 f"the checkpoint was saved with {saved['class']} over {len(saved['groups'])} group(s), and the engine "
                 f"has {type(optimizer).__name__} over {len(groups)}. Build the optimizer that was saved, or pass "

@@ -1,0 +1,174 @@
+"""Fear: what DeepSpeed has saved comes into our engine with other bits, or in another place, or not with everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shardwise.checkpoint.model import slices_of
+from tests.checkpoints import Whole, differences, join, optimizer_parts
+from tests.foreign import (
+    LEARNING_RATE,
+    MICRO_BATCH,
+    STEPS,
+    Recording,
+    build_odd,
+    odd_adamw,
+    odd_loss,
+    recorded_names,
+    unpack,
+)
+from tests.world.engine_runs import STAGES, open_engine, rank
+from tests.worlds import World, WorldPool
+
+pytestmark = pytest.mark.world
+WORLDS = (1, 2, 3)
+WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 4e-3, "warmup_num_steps": 10, "warmup_type": "linear"}}
+
+
+def config_of(stage: int, **more: Any) -> dict[str, Any]:
+    return {"train_micro_batch_size_per_gpu": MICRO_BATCH, "zero_optimization": {"stage": stage}, "scheduler": WARMUP,
+            **more}  # fmt: skip
+
+
+def precision_of(name: str) -> dict[str, Any]:
+    """What the recording was computed in."""
+    fp16 = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}
+    return {"fp16": fp16} if "fp16" in name else {"bf16": {"enabled": True}} if "bf16" in name else {}
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recording]:
+    folder = tmp_path_factory.mktemp("recordings")
+    return {name: unpack(name, folder) for name in recorded_names()}
+
+
+def masters(engine: Any) -> list[tuple[str, str, int, torch.Tensor]]:
+    """This rank's part of the weights, as the optimizer steps them."""
+    return [
+        ("weight", part.name, part.within_parameter.begin, part.values.detach().clone())
+        for unit in engine.trained().units
+        for segment in unit.segments
+        for part in slices_of(segment, segment.parameters.master_span)
+    ]
+
+
+def empty_engine(stage: int, more: dict[str, Any]) -> Any:
+    """Whose weights are all zero."""
+    model = build_odd()
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.zero_()
+    return open_engine(model, odd_adamw(model), config_of(stage, **more))
+
+
+def load_all(directories: dict[str, str], stage: int) -> dict[str, dict[str, Any]]:
+    """Each of the checkpoints in an engine of its own; what this rank then holds."""
+    found = {}
+    for name, directory in directories.items():
+        with empty_engine(stage, precision_of(name)) as engine:
+            path, client_state = engine.load_checkpoint(directory)
+            found[name] = {
+                "path": path,
+                "client_state": client_state,
+                "parts": [*masters(engine), *optimizer_parts(engine)],
+                "state_dict": engine.state_dict(),
+                "facts": {"scale": engine.loss_scale, "lr": [float(lr) for lr in engine.get_lr()],
+                          "global_steps": engine.global_steps, "skipped_steps": engine.skipped_steps},
+                "counts": (engine.micro_steps, engine.lr_scheduler.last_batch_iteration),
+                "settings": [(g["weight_decay"], g["betas"], g["eps"]) for g in engine.trained().optimizer.param_groups],
+            }  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", WORLDS, indirect=True)
+def test_everything_comes_along(world: World, stage: int, recordings: dict[str, Recording]) -> None:
+    chosen = {name: recording for name, recording in recordings.items() if not name.startswith("z0")}
+    of_ranks = world.run(load_all, {name: str(each.directory) for name, each in chosen.items()}, stage)
+    for name, recording in chosen.items():
+        wanted = {f"weight {key}": value.reshape(-1).float() for key, value in recording.of("weight").items()}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            wanted |= {f"{kind} {key}": value.reshape(-1) for key, value in recording.of(kind).items()}
+        wanted |= {f"step of all {key}": torch.tensor([float(STEPS - recording.facts["skipped_steps"])])
+                   for key in recording.of("exp_avg")}  # fmt: skip
+        whole = join([of_rank[name]["parts"] for of_rank in of_ranks])
+        assert not differences({key: value.float() for key, value in whole.items()}, wanted), name
+        for of_rank in of_ranks:
+            check_run(of_rank[name], recording, name)
+
+
+def check_run(found: dict[str, Any], recording: Recording, name: str) -> None:
+    assert found["path"] == str(recording.own_directory)
+    mask = found["client_state"].pop("mask")
+    assert torch.equal(mask, torch.arange(5))
+    assert found["client_state"] == {"epoch": 7, "seen": [1, 2.5, "three"]}
+    assert found["facts"] == recording.facts, name
+    assert found["counts"] == (STEPS, STEPS - recording.facts["skipped_steps"] - 1)
+    assert found["settings"] == [(0.1, (0.8, 0.95), 1e-8), (0.0, (0.9, 0.999), 1e-7)]
+    state = found["state_dict"]
+    assert torch.equal(state["right.weight"], state["left.weight"])
+    for key, value in {**recording.of("weight"), **recording.of("buffer")}.items():
+        if key != "seen" or len(recording.of("weight")) == 0:
+            assert torch.equal(state[key], value.to(state[key].dtype)), f"{name}: {key}"
+
+
+def go_on(directory: str, stage: int, more: dict[str, Any]) -> Whole:
+    """One more step from the checkpoint."""
+    with empty_engine(stage, more) as engine:
+        engine.load_checkpoint(directory)
+        engine.backward(odd_loss(engine, STEPS, rank()))
+        engine.step()
+        assert engine.global_steps == STEPS + 1
+        return engine.state_dict()
+
+
+def reference_step(recording: Recording, world: int) -> Whole:
+    """The same step by torch alone, in one process, from what DeepSpeed said that the state was."""
+    model = build_odd()
+    model.load_state_dict({**model.state_dict(), **recording.of("weight"), **recording.of("buffer"),
+                           "right.weight": recording.of("weight")["left.weight"]})  # fmt: skip
+    optimizer = odd_adamw(model)
+    for group, rate in zip(optimizer.param_groups, recording.facts["lr"], strict=True):
+        group["lr"] = rate
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter] = {"step": torch.tensor(float(STEPS)),
+                                          "exp_avg": recording.of("exp_avg")[name].clone(),
+                                          "exp_avg_sq": recording.of("exp_avg_sq")[name].clone()}  # fmt: skip
+            parameter.grad = torch.zeros_like(parameter)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    of_ranks = [torch.autograd.grad(odd_loss(model, STEPS, rank), trained) for rank in range(world)]
+    for parameter, *gradients in zip(trained, *of_ranks, strict=True):
+        for gradient in gradients:
+            parameter.grad.add_(gradient)
+        parameter.grad.mul_(1 / world)
+    optimizer.step()
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", WORLDS, indirect=True)
+def test_training_goes_on(world: World, stage: int, recordings: dict[str, Recording]) -> None:
+    for name in ("z1-w2-fp32", "z3-w2-fp32", "universal-of-z3-w2-fp32"):
+        wanted = reference_step(recordings[name], world.size)
+        for found in world.run(go_on, str(recordings[name].directory), stage, {}):
+            assert not [key for key in wanted if not torch.equal(found[key], wanted[key])], name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_next_step_is_deepspeeds_but_for_rounding(
+    worlds: WorldPool, precision: str, recordings: dict[str, Recording]
+) -> None:
+    name = f"z2-w2-{precision}"
+    recording = recordings[name]
+    (found, _) = worlds[2].run(go_on, str(recording.directory), 2, precision_of(name))
+    moved = 0.0
+    for key, value in recording.of("next/weight").items():
+        before = recording.of("weight")[key].float()
+        moved = max(moved, float((value.float() - before).abs().max()))
+        torch.testing.assert_close(found[key].float(), value.float().to(found[key].dtype).float(), rtol=1e-2, atol=3e-5)
+    assert moved > LEARNING_RATE / 10
