@@ -94,9 +94,7 @@ class Recording:
     def of(self, kind: str) -> dict[str, Tensor]:
         """Tensors of one kind by their names: weight, exp_avg, exp_avg_sq, buffer, next/weight."""
         return {
-            name.removeprefix(f"{kind}/"): value
-            for name, value in self.tensors.items()
-            if name.startswith(f"{kind}/")
+            name.removeprefix(f"{kind}/"): value for name, value in self.tensors.items() if name.startswith(f"{kind}/")
         }
 
     @property

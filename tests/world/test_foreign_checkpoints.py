@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,7 +78,8 @@ def load_all(directories: dict[str, str], stage: int) -> dict[str, dict[str, Any
                 "facts": {"scale": engine.loss_scale, "lr": [float(lr) for lr in engine.get_lr()],
                           "global_steps": engine.global_steps, "skipped_steps": engine.skipped_steps},
                 "counts": (engine.micro_steps, engine.lr_scheduler.last_batch_iteration),
-                "settings": [(g["weight_decay"], g["betas"], g["eps"]) for g in engine.trained().optimizer.param_groups],
+                "settings": [(each["weight_decay"], each["betas"], each["eps"])
+                             for each in engine.trained().optimizer.param_groups],
             }  # fmt: skip
     return found
 
@@ -96,6 +96,8 @@ def test_everything_comes_along(world: World, stage: int, recordings: dict[str, 
         wanted |= {f"step of all {key}": torch.tensor([float(STEPS - recording.facts["skipped_steps"])])
                    for key in recording.of("exp_avg")}  # fmt: skip
         whole = join([of_rank[name]["parts"] for of_rank in of_ranks])
+        if "round-robin" in name:  # DeepSpeed has no word for its moments then; the next step shows that they are right
+            whole = {key: value for key, value in whole.items() if key.startswith("weight")}
         assert not differences({key: value.float() for key, value in whole.items()}, wanted), name
         for of_rank in of_ranks:
             check_run(of_rank[name], recording, name)
@@ -159,11 +161,10 @@ def test_training_goes_on(world: World, stage: int, recordings: dict[str, Record
             assert not [key for key in wanted if not torch.equal(found[key], wanted[key])], name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["z2-w2-fp32", "z2-w2-bf16", "z2-w2-fp16", "z2-w2-round-robin"])
 def test_the_next_step_is_deepspeeds_but_for_rounding(
-    worlds: WorldPool, precision: str, recordings: dict[str, Recording]
+    worlds: WorldPool, name: str, recordings: dict[str, Recording]
 ) -> None:
-    name = f"z2-w2-{precision}"
     recording = recordings[name]
     (found, _) = worlds[2].run(go_on, str(recording.directory), 2, precision_of(name))
     moved = 0.0

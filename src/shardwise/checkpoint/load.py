@@ -97,15 +97,19 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.is_foreign = not (directory / MANIFEST).exists() and is_foreign(directory)
         self.manifest: Manifest
         self._files: Files
-        if self.is_foreign:
+        if not (directory / MANIFEST).exists() and is_foreign(directory):
             source = read_foreign(directory)
             self.manifest, self._files = source.manifest, source
         else:
             self.manifest = read_manifest(directory)
             self._files = OwnFiles(directory, self.manifest)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing of single ranks was kept: DeepSpeed does not, nor does a conversion."""
+        return all(of_rank == {"random": None} for of_rank in self.manifest.ranks)
 
     def model(self, index: int) -> SavedModel:
         """A model by its place."""

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from shardwise.commands.config import config_app
 from shardwise.commands.consolidate import consolidate
+from shardwise.commands.convert import convert
 from shardwise.commands.env import env
 from shardwise.commands.explain import explain
 from shardwise.commands.group import Commands
@@ -43,6 +44,7 @@ app.command(
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
     epilog="Example: shardwise consolidate checkpoints weights --dtype bf16 --max-shard-size 2GB",
 )(consolidate)
+app.command(epilog="Example: shardwise convert deepspeed_checkpoints checkpoints --tag global_step1000")(convert)
 
 
 @app.callback()

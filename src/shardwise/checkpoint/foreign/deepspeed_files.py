@@ -86,11 +86,11 @@ def find(own: Path, pattern: re.Pattern[str]) -> list[Path]:
     for path in own.iterdir():
         for elsewhere, what in _ELSEWHERE.items():
             if elsewhere.fullmatch(path.name):
-                raise CheckpointError(f"{own} holds {path.name}: {what}. Expected a checkpoint of plain ZeRO.")
+                raise CheckpointError(f"{own} holds {path.name}: {what}. Expected plain ZeRO.")
         match = pattern.fullmatch(path.name)
         if match is not None:
             if int(match["other"]):
-                raise CheckpointError(f"{own} holds {path.name}: tensor parallelism. Expected a checkpoint of plain ZeRO.")
+                raise CheckpointError(f"{own} holds {path.name}: tensor parallelism. Expected plain ZeRO.")
             found[int(match.groupdict().get("rank") or 0)] = path
     missing = sorted(set(range(len(found))) - found.keys())
     if missing:
@@ -146,15 +146,15 @@ class Shard:
         """
         said = dict_of(dict_of(TorchFile(path).value, "", path).get("optimizer_state_dict"), "of states", path)
         if said.get("ds_zero_partition_groups"):
-            raise CheckpointError(f"{path} is of a mixture of experts. Expected a checkpoint of plain ZeRO.")
+            raise CheckpointError(f"{path} is of a mixture of experts. Expected plain ZeRO.")
         stage = said.get("zero_stage", 1)
         sharded = "fp32_flat_groups" in said
         weights = said.get("fp32_flat_groups" if sharded else "single_partition_of_fp32_groups")
         base = said.get("optimizer_state_dict" if sharded else "base_optimizer_state")
         if not isinstance(weights, list) or base is None or type(stage) is not int:
             raise CheckpointError(
-                f"{path} holds no fp32 groups of ZeRO: it has {', '.join(map(str, list(said)[:12]))}. Expected the file "
-                "of an optimizer at stage 1, 2 or 3."
+                f"{path} holds no fp32 groups of ZeRO: it has {', '.join(map(str, list(said)[:12]))}. Expected the "
+                "file of an optimizer at stage 1, 2 or 3."
             )
         states, groups = _states(base, len(weights), said, path)
         paddings = said.get("param_alignment_paddings") or [()] * len(weights)
@@ -184,7 +184,7 @@ def _states(
     base = dict_of(base, "of optimizer states", path)
     groups = tuple(base["param_groups"])
     owners = {flat: number for number, group in enumerate(groups) for flat in group["params"]}
-    found = []
+    found: list[tuple[Mapping[str, Any], int]] = []
     for flat in range(num_flats):
         group = owners.get(flat, flat)
         step = {"step": groups[group]["step"]} if group < len(groups) and "step" in groups[group] else {}
@@ -221,15 +221,19 @@ def _number(value: Any, key: str) -> Any:
 def _add_flat(draft: Draft, states: ModelStates, shards: Sequence[Shard]) -> None:
     """Whole groups end to end, cut into ranks' parts."""
     groups = states.groups if shards else ()
+    config = states.values.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    # Where parameters are dealt in turns, DeepSpeed notes where they would lie if they were not.
+    noted = () if isinstance(zero, dict) and zero.get("round_robin_gradients") else shards
     if shards and any(len(shard.flats) != len(groups) for shard in shards):
         raise CheckpointError(
-            f"{states.path} names {len(groups)} groups of parameters, and {shards[0].path.name} and its kin hold others."
+            f"{states.path} names {len(groups)} groups of parameters, and {shards[0].path.name} holds others."
         )
     for number, shapes in enumerate(groups):
         flats = [shard.flats[number] for shard in shards]
         for name, (offset, shape) in _offsets(shapes, flats[0].paddings).items():
             pieces = list(_cut(offset, torch.Size(shape).numel(), flats))
-            _compare_addresses(name, number, pieces, shards)
+            _compare_addresses(name, number, pieces, noted)
             compute = states.module[name].dtype if name in states.module else flats[0].weights.dtype
             draft.add_parameter(name, shape, pieces, compute, flats[0].group, flats[0].others)
     for name, stored in states.module.items():
@@ -282,8 +286,7 @@ def _add_sharded(draft: Draft, models: Sequence[ModelStates], shards: Sequence[S
     world = len(shards)
     if any(len(shard.flats) != len(states.groups) for shard in shards):
         raise CheckpointError(
-            f"{states.path} names {len(states.groups)} groups of parameters, and {shards[0].path.name} and its kin hold "
-            "others."
+            f"{states.path} names {len(states.groups)} groups of parameters, and {shards[0].path.name} holds others."
         )
     for number, shapes in enumerate(states.groups):
         flats = [shard.flats[number] for shard in shards]

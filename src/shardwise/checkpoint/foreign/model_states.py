@@ -81,10 +81,13 @@ def read_model_states(path: Path) -> ModelStates:
     values = dict_of(TorchFile(path).value, "", path)
     if not isinstance(values.get("module"), dict):
         raise CheckpointError(
-            f"{path} holds no state dict under 'module': a pipeline wrote it, or somebody else than DeepSpeed. Expected "
-            "a checkpoint of plain ZeRO."
+            f"{path} holds no state dict under 'module': a pipeline wrote it, or somebody else than DeepSpeed. "
+            "Expected a checkpoint of plain ZeRO."
         )
-    sizes = values.get("mp_world_size", 1), *dict_of(values.get("checkpoint_parallel_dimensions") or {}, "", path).values()
+    sizes = (
+        values.get("mp_world_size", 1),
+        *dict_of(values.get("checkpoint_parallel_dimensions") or {}, "", path).values(),
+    )
     if any(size != 1 for size in sizes) or values.get("ds_autoep_layers") or values.get("autoep_layers"):
         raise CheckpointError(
             f"{path} is of a run with tensor, pipeline or expert parallelism (degrees {list(sizes)}): expected one of "

@@ -178,10 +178,9 @@ class TorchFile:
         if not stored.numel:
             return torch.empty(stored.shape, dtype=stored.dtype)
         if self._mapped is None:
-            self._mapped = torch.UntypedStorage.from_file(str(self.path), False, self._nbytes)
-        empty = torch.empty(0, dtype=stored.dtype)
+            self._mapped = torch.from_file(str(self.path), False, self._nbytes, dtype=torch.uint8).untyped_storage()
         at = stored.begin // stored.dtype.itemsize
-        return empty.set_(self._mapped, at, stored.shape, stored.stride)
+        return torch.empty(0, dtype=stored.dtype).set_(self._mapped, at, stored.shape, stored.stride)
 
     def close(self) -> None:
         """Let the mapping go, once nobody holds a view of it; the next read maps anew."""

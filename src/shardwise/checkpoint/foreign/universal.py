@@ -43,10 +43,7 @@ def read_universal(own: Path) -> Source:
     if not models:
         raise CheckpointError(f"{own} holds parameters and no *_model_states.pt, which says what they are.")
     states = read_model_states(models[0])
-    if states.fragments and len(models) > 1:
-        others = [read_model_states(path).fragments for path in models[1:]]
-    else:
-        others = []
+    others = [read_model_states(path).fragments for path in models[1:] if states.fragments]
     path = own / "zero" / "optimizer_state.pt"
     said = dict_of(TorchFile(path).value, "", path)
     groups = tuple(dict_of(group, "of settings", path) for group in said.get("param_groups") or ())
@@ -68,9 +65,7 @@ def read_universal(own: Path) -> Source:
     return draft.finish(names_of(states, draft.parameters), training)
 
 
-def _owners(
-    states: ModelStates, groups: tuple[Mapping[str, Any], ...]
-) -> dict[str, tuple[int, tuple[int, ...]]]:
+def _owners(states: ModelStates, groups: tuple[Mapping[str, Any], ...]) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Names of trainable parameters, their groups and shapes."""
     of_flat = {flat: number for number, group in enumerate(groups) for flat in group.get("params") or ()}
     return {
@@ -80,9 +75,7 @@ def _owners(
     }
 
 
-def _add(
-    draft: Draft, folder: Path, states: ModelStates, shape: tuple[int, ...], group: int, file: int
-) -> None:
+def _add(draft: Draft, folder: Path, states: ModelStates, shape: tuple[int, ...], group: int, file: int) -> None:
     if not (folder / "fp32.pt").is_file():
         raise CheckpointError(f"{folder} holds no fp32.pt: the universal checkpoint is not whole.")
     tensors: dict[str, Stored] = {}

@@ -88,9 +88,7 @@ def read_pickle(
 class _Machine:
     """The stack machine that a pickle is a program for."""
 
-    def __init__(
-        self, builds: Mapping[str, Build], find_storage: Build, inert: frozenset[str], place: str
-    ) -> None:
+    def __init__(self, builds: Mapping[str, Build], find_storage: Build, inert: frozenset[str], place: str) -> None:
         self._builds = builds
         self._find_storage = find_storage
         self._inert = inert | _INERT
