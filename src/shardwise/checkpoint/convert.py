@@ -81,6 +81,8 @@ def write_own(source: Source, directory: Path, tag: str, wrote: Callable[[int, i
     records: list[FileRecord] = []
     try:
         for number, cells in enumerate(source.cells):
+            for file in {id(cell.stored.file): cell.stored.file for cell in cells.values()}.values():
+                file.verify()
             entries = [_entry(key, cell) for key, cell in cells.items()]
             if number == 0:
                 entries += [Entry.of(key, tensor) for key, tensor in source.trees.items()]

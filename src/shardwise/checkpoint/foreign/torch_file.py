@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shardwise.checkpoint.foreign.unpickler import MAX_PICKLE_BYTES, Build, read_pickle
+from shardwise.checkpoint.shard_file import bytes_of
 from shardwise.errors import CheckpointError
 
 _DTYPES = {
@@ -181,6 +183,22 @@ class TorchFile:
             self._mapped = torch.from_file(str(self.path), False, self._nbytes, dtype=torch.uint8).untyped_storage()
         at = stored.begin // stored.dtype.itemsize
         return torch.empty(0, dtype=stored.dtype).set_(self._mapped, at, stored.shape, stored.stride)
+
+    def verify(self) -> None:
+        """Check the bytes of all tensors against the checksums that the file has of them.
+
+        Raises:
+            CheckpointError: one is not what was written.
+        """
+        whole = Stored(self, 0, torch.uint8, (self._nbytes,), (1,)).tensor()
+        for name, info in self._records.items():
+            if name.startswith("data/") and info.file_size:
+                begin = self._begin_of(info)
+                if zlib.crc32(bytes_of(whole[begin : begin + info.file_size])) != info.CRC:
+                    raise CheckpointError(
+                        f"{self.path} is damaged: its {name} does not have the checksum that it was written with. "
+                        "Bring the file back from a copy."
+                    )
 
     def close(self) -> None:
         """Let the mapping go, once nobody holds a view of it; the next read maps anew."""

@@ -123,6 +123,8 @@ class _Machine:
             self._do_rarer(opcode, argument)
 
     def _do_rarer(self, opcode: str, argument: Any) -> None:
+        if opcode == "INST":
+            self._global(argument)  # names what it would have made
         action = getattr(self, f"_{opcode.lower()}", None) if opcode in _ACTIONS else None
         if action is None:
             raise Refused(
