@@ -30,6 +30,8 @@ from shardwise.zero.unit import Segment, Unit
 
 WEIGHT = "weight"
 BUFFER = "buffer"
+HOW_IT_WORKS = frozenset({"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"})
+"""Settings of an optimizer's groups that say how it works, not how it learns."""
 REDUCED = "gradient"
 UNREDUCED = "gradient of rank"
 
@@ -504,7 +506,7 @@ class Loading:
                     present = group.get(key)
                     if isinstance(present, torch.Tensor) and isinstance(value, torch.Tensor):
                         present.copy_(value)
-                    elif key != "params":
+                    elif "classes" not in saved or (key in group and key not in HOW_IT_WORKS):
                         group[key] = value
 
         return install

@@ -25,10 +25,16 @@ class Pretrained(Protocol):
     """A model of transformers, as far as it is needed here."""
 
     config: Any
-    generation_config: Any
 
     def can_generate(self) -> bool:
         """Whether its generation settings mean anything."""
+
+
+@runtime_checkable
+class Generating(Pretrained, Protocol):
+    """One that generates."""
+
+    generation_config: Any
 
 
 def pretrained(model: nn.Module) -> Pretrained:
@@ -58,7 +64,7 @@ def write_settings(model: nn.Module, dtype: torch.dtype, directory: Path) -> Non
     config.architectures = [type(model).__name__]
     config.dtype = str(dtype).removeprefix("torch.")
     config.save_pretrained(directory)
-    if found.can_generate() and found.generation_config is not None:
+    if found.can_generate() and isinstance(found, Generating):
         found.generation_config.save_pretrained(directory)
 
 

@@ -215,7 +215,10 @@ class Draft:
         """
         optimizer = None
         if training.groups is not None:
-            groups = [self.plain(_settings(group), "param_groups") for group in training.groups]
+            groups = [
+                {key: value for key, value in self.plain(group, "param_groups").items() if key != "params"}
+                for group in training.groups
+            ]
             classes = classes_of(self._kinds)
             optimizer = {
                 "class": classes[0],
@@ -272,17 +275,6 @@ def classes_of(kinds: Iterable[str]) -> tuple[str, ...]:
         if known == kinds:
             return classes
     return (f"an optimizer with {', '.join(sorted(kinds))}",)
-
-
-_OWN_SETTINGS = frozenset({
-    "params", "step", "name", "names", "param_names", "foreach", "fused", "capturable", "differentiable",
-    "bias_correction", "decoupled_weight_decay",
-})  # fmt: skip
-"""What says how an optimizer works, not how it learns: the engine's own stays."""
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in _OWN_SETTINGS}
 
 
 def _scheduler(state: Any, groups: Iterable[Mapping[str, Any]]) -> Any:
