@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from shardwise.checkpoint.convert import convert_checkpoint, find_source
 from shardwise.checkpoint.model import slices_of
+from shardwise.checkpoint.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from shardwise.errors import CheckpointError
+from tests.accelerators import accelerator_of
 from tests.checkpoints import Whole, differences, join, optimizer_parts
 from tests.foreign import (
     LEARNING_RATE,
@@ -16,6 +21,7 @@ from tests.foreign import (
     Recording,
     build_odd,
     odd_adamw,
+    odd_groups,
     odd_loss,
     recorded_names,
     unpack,
@@ -87,24 +93,45 @@ def load_all(directories: dict[str, str], stage: int) -> dict[str, dict[str, Any
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world", WORLDS, indirect=True)
 def test_everything_comes_along(world: World, stage: int, recordings: dict[str, Recording]) -> None:
-    chosen = {name: recording for name, recording in recordings.items() if not name.startswith("z0")}
-    of_ranks = world.run(load_all, {name: str(each.directory) for name, each in chosen.items()}, stage)
-    for name, recording in chosen.items():
-        wanted = {f"weight {key}": value.reshape(-1).float() for key, value in recording.of("weight").items()}
-        for kind in ("exp_avg", "exp_avg_sq"):
-            wanted |= {f"{kind} {key}": value.reshape(-1) for key, value in recording.of(kind).items()}
-        wanted |= {f"step of all {key}": torch.tensor([float(STEPS - recording.facts["skipped_steps"])])
-                   for key in recording.of("exp_avg")}  # fmt: skip
-        whole = join([of_rank[name]["parts"] for of_rank in of_ranks])
-        if "round-robin" in name:  # DeepSpeed has no word for its moments then; the next step shows that they are right
-            whole = {key: value for key, value in whole.items() if key.startswith("weight")}
-        assert not differences({key: value.float() for key, value in whole.items()}, wanted), name
+    of_ranks = world.run(load_all, {name: str(each.directory) for name, each in recordings.items()}, stage)
+    for name, recording in recordings.items():
+        check_states([of_rank[name] for of_rank in of_ranks], recording, name)
         for of_rank in of_ranks:
-            check_run(of_rank[name], recording, name)
+            assert of_rank[name]["path"] == str(recording.own_directory)
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (3, 3)], indirect=["world"])
+def test_what_was_converted_is_the_same(
+    world: World, stage: int, recordings: dict[str, Recording], tmp_path: Path
+) -> None:
+    for name, recording in recordings.items():
+        convert_checkpoint(find_source(recording.directory, None), tmp_path / name)
+    of_ranks = world.run(load_all, {name: str(tmp_path / name) for name in recordings}, stage)
+    for name, recording in recordings.items():
+        check_states([of_rank[name] for of_rank in of_ranks], recording, name)
+        weights = get_fp32_state_dict_from_zero_checkpoint(tmp_path / name)
+        assert weights.keys() == of_ranks[0][name]["state_dict"].keys()
+        for key, value in recording.of("weight").items():
+            assert torch.equal(weights[key], value.float()), f"{name}: {key}"
+        with pytest.raises(CheckpointError, match="already"):
+            convert_checkpoint(recording.own_directory, tmp_path / name)
+
+
+def check_states(of_ranks: list[dict[str, Any]], recording: Recording, name: str) -> None:
+    wanted = {f"weight {key}": value.reshape(-1).float() for key, value in recording.of("weight").items()}
+    for kind in ("exp_avg", "exp_avg_sq"):
+        wanted |= {f"{kind} {key}": value.reshape(-1) for key, value in recording.of(kind).items()}
+    steps = float(STEPS - recording.facts["skipped_steps"])
+    wanted |= {f"step of all {key}": torch.tensor([steps]) for key in recording.of("exp_avg")}
+    whole = join([of_rank["parts"] for of_rank in of_ranks])
+    if "round-robin" in name:  # DeepSpeed has no word for its moments then; the next step shows that they are right
+        whole = {key: value for key, value in whole.items() if key.startswith("weight")}
+    assert not differences({key: value.float() for key, value in whole.items()}, wanted), name
+    for of_rank in of_ranks:
+        check_run(of_rank, recording, name)
 
 
 def check_run(found: dict[str, Any], recording: Recording, name: str) -> None:
-    assert found["path"] == str(recording.own_directory)
     mask = found["client_state"].pop("mask")
     assert torch.equal(mask, torch.arange(5))
     assert found["client_state"] == {"epoch": 7, "seen": [1, 2.5, "three"]}
@@ -114,7 +141,7 @@ def check_run(found: dict[str, Any], recording: Recording, name: str) -> None:
     state = found["state_dict"]
     assert torch.equal(state["right.weight"], state["left.weight"])
     for key, value in {**recording.of("weight"), **recording.of("buffer")}.items():
-        if key != "seen" or len(recording.of("weight")) == 0:
+        if key != "seen":  # each rank's own
             assert torch.equal(state[key], value.to(state[key].dtype)), f"{name}: {key}"
 
 
@@ -173,3 +200,86 @@ def test_the_next_step_is_deepspeeds_but_for_rounding(
         moved = max(moved, float((value.float() - before).abs().max()))
         torch.testing.assert_close(found[key].float(), value.float().to(found[key].dtype).float(), rtol=1e-2, atol=3e-5)
     assert moved > LEARNING_RATE / 10
+
+
+def buffers_of(directory: str) -> torch.Tensor:
+    """Of this rank."""
+    with empty_engine(3, {}) as engine:
+        engine.load_checkpoint(directory)
+        seen: torch.Tensor = engine.state_dict()["seen"]
+        return seen
+
+
+def test_each_rank_gets_its_own_buffers_again(worlds: WorldPool, recordings: dict[str, Recording]) -> None:
+    recording = recordings["z3-w2-fp32"]
+    for size in (2, 3):
+        found = worlds[size].run(buffers_of, str(recording.directory))
+        assert torch.equal(found[0], recording.of("buffer")["seen"])
+        assert torch.equal(found[0], found[1]) is (size == 3)
+
+
+def choose(directory: str) -> None:
+    """What is not asked for stays as it was."""
+    with empty_engine(2, {}) as engine:
+        engine.load_checkpoint(directory, load_module_only=True)
+        assert engine.global_steps == 0 and not optimizer_parts(engine)
+        assert float(engine.state_dict()["gain"]) != 0
+    with empty_engine(2, {}) as engine:
+        engine.load_checkpoint(directory, load_optimizer_states=False, load_lr_scheduler_states=False)
+        assert engine.global_steps == STEPS and engine.lr_scheduler.last_batch_iteration == -1
+        assert not optimizer_parts(engine)
+    model = build_odd()
+    with open_engine(model, torch.optim.Adagrad(odd_groups(model)), config_of(2)) as engine:
+        with pytest.raises(CheckpointError, match="load_optimizer_states"):
+            engine.load_checkpoint(directory)
+        engine.load_checkpoint(directory, load_optimizer_states=False)
+    model = build_odd()
+    with (
+        open_engine(model, torch.optim.AdamW(model.parameters()), config_of(2)) as engine,
+        pytest.raises(CheckpointError, match=r"2 group\(s\)"),
+    ):
+        engine.load_checkpoint(directory)
+
+
+def test_choices_and_refusals(world2: World, recordings: dict[str, Recording]) -> None:
+    world2.run(choose, str(recordings["z3-w2-fp32"].directory))
+
+
+def by_the_accelerator(directory: str) -> None:
+    config = {**config_of(3), "gradient_accumulation_steps": 1}
+    with accelerator_of(config) as accelerator:
+        model = build_odd()
+        loader = torch.utils.data.DataLoader(torch.arange(20), batch_size=MICRO_BATCH)
+        model, _, loader = accelerator.prepare(model, odd_adamw(model), loader)
+        accelerator.load_state(directory)
+        assert model.global_steps == STEPS
+        assert optimizer_parts(model)
+        model.save_checkpoint(f"{directory}/again")
+
+
+def test_load_state_takes_it(world2: World, recordings: dict[str, Recording]) -> None:
+    recording = recordings["z1-w1-fp32"]
+    world2.run(by_the_accelerator, str(recording.directory))
+    weights = get_fp32_state_dict_from_zero_checkpoint(recording.directory / "again")
+    assert all(torch.equal(weights[key], value) for key, value in recording.of("weight").items())
+
+
+def test_stage_0_gives_its_weights(worlds: WorldPool, tmp_path: Path) -> None:
+    """Without optimizer files and parameters' shapes a directory is what stage 0 leaves."""
+    recording = unpack("z1-w1-fp32", tmp_path)
+    (path,) = recording.own_directory.glob("mp_rank_00_model_states.pt")
+    values = torch.load(path, weights_only=True)
+    torch.save({**values, "param_shapes": None, "shared_params": None}, path)
+    for other in recording.own_directory.glob("*optim_states.pt"):
+        other.unlink()
+    worlds[1].run(load_weights_alone, str(recording.directory), recording.of("weight"))
+
+
+def load_weights_alone(directory: str, wanted: Whole) -> None:
+    with empty_engine(0, {}) as engine:
+        with pytest.raises(CheckpointError, match="no optimizer"):
+            engine.load_checkpoint(directory)
+        engine.load_checkpoint(directory, load_optimizer_states=False)
+        state = engine.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in wanted.items())
+        assert engine.lr_scheduler.last_batch_iteration == STEPS - 1

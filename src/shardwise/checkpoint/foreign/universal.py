@@ -2,7 +2,7 @@
 
 ::
 
-    TAG/zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt, step.pt    whole tensors under "param"; the step count
+    TAG/zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt, step.pt    whole tensors, alone or as "param"; the step count
     TAG/zero/optimizer_state.pt                                  groups' settings, loss scaler
     TAG/*_model_states.pt                                        names, buffers, frozen weights, the run, as they were
 """
@@ -85,7 +85,10 @@ def _add(draft: Draft, folder: Path, states: ModelStates, shape: tuple[int, ...]
         if path.stem == "step":
             step["step"] = torch.tensor(float(value.tensor() if isinstance(value, Stored) else value))
             continue
-        stored = stored_of(dict_of(value, "with 'param'", path).get("param"), path)
+        # What was made of stage 3 is the tensor itself.
+        stored = (
+            value if isinstance(value, Stored) else stored_of(dict_of(value, "with 'param'", path).get("param"), path)
+        )
         if stored.numel != torch.Size(shape).numel():
             raise CheckpointError(f"{path} holds {stored.numel} elements of a parameter of shape {shape}.")
         tensors[path.stem] = stored
