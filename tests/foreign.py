@@ -77,6 +77,14 @@ def odd_loss(model: nn.Module, step: int, rank: int) -> Tensor:
     return (model(inputs).float() - targets).square().mean()
 
 
+def odd_buffers(rank: int, steps: int = STEPS) -> dict[str, Tensor]:
+    """Of a rank, after so many steps."""
+    seen = torch.zeros(FEATURES)
+    for step in range(steps):
+        seen += odd_batch(step, rank)[0].mean(0)
+    return {"scale": torch.linspace(0.5, 1.5, 3), "seen": seen}
+
+
 # --- recordings -------------------------------------------------------------------------------------------------------
 
 RECORDINGS = Path(__file__).parent / "fixtures" / "deepspeed"
@@ -92,7 +100,7 @@ class Recording:
     facts: dict[str, Any]
 
     def of(self, kind: str) -> dict[str, Tensor]:
-        """Tensors of one kind by their names: weight, exp_avg, exp_avg_sq, buffer, next/weight."""
+        """Tensors of one kind by their names: weight, exp_avg, exp_avg_sq, next/weight."""
         return {
             name.removeprefix(f"{kind}/"): value for name, value in self.tensors.items() if name.startswith(f"{kind}/")
         }

@@ -49,8 +49,10 @@ def read_universal(own: Path) -> Source:
     groups = tuple(dict_of(group, "of settings", path) for group in said.get("param_groups") or ())
     owners = _owners(states, groups)
     draft = Draft(own, 1 + len(owners) // PARAMETERS_A_FILE, 1)
-    for number, (name, (group, shape)) in enumerate(owners.items()):
-        _add(draft, own / "zero" / name, states, shape, group, number // PARAMETERS_A_FILE)
+    steps = _steps(said)
+    for number, (name, (flat, group, shape)) in enumerate(owners.items()):
+        file = number // PARAMETERS_A_FILE
+        _add(draft, own / "zero" / name, states, shape, group, file, steps.get(flat))
     _add_frozen(draft, states, [states.fragments, *others])
     for name in states.buffers:
         draft.add_buffer(name, [states.module[name]])
@@ -65,25 +67,41 @@ def read_universal(own: Path) -> Source:
     return draft.finish(names_of(states, draft.parameters), training)
 
 
-def _owners(states: ModelStates, groups: tuple[Mapping[str, Any], ...]) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Names of trainable parameters, their groups and shapes."""
+def _owners(states: ModelStates, groups: tuple[Mapping[str, Any], ...]) -> dict[str, tuple[int, int, tuple[int, ...]]]:
+    """Names of trainable parameters: the flat tensor that each was in, its group and its shape."""
     of_flat = {flat: number for number, group in enumerate(groups) for flat in group.get("params") or ()}
     return {
-        name: (of_flat.get(flat, flat), shape)
+        name: (flat, of_flat.get(flat, flat), shape)
         for flat, shapes in enumerate(states.groups)
         for name, shape in shapes.items()
     }
 
 
-def _add(draft: Draft, folder: Path, states: ModelStates, shape: tuple[int, ...], group: int, file: int) -> None:
+def _number(value: Any) -> torch.Tensor:
+    """A step count as torch's optimizers keep it."""
+    return torch.tensor(float(value.tensor() if isinstance(value, Stored) else value))
+
+
+def _steps(said: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+    """Step counts of flat tensors, which at stage 3 stand beside the parameters alone."""
+    base = said.get("optimizer_state_dict")
+    states = base.get("state") if isinstance(base, dict) else None
+    if not isinstance(states, dict):
+        return {}
+    return {flat: _number(state["step"]) for flat, state in states.items() if "step" in state}
+
+
+def _add(
+    draft: Draft, folder: Path, states: ModelStates, shape: tuple[int, ...], group: int, file: int, steps: Any
+) -> None:
     if not (folder / "fp32.pt").is_file():
         raise CheckpointError(f"{folder} holds no fp32.pt: the universal checkpoint is not whole.")
     tensors: dict[str, Stored] = {}
-    step: dict[str, Any] = {}
+    step: dict[str, Any] = {} if steps is None else {"step": steps}
     for path in sorted(folder.glob("*.pt")):
         value = TorchFile(path).value
         if path.stem == "step":
-            step["step"] = torch.tensor(float(value.tensor() if isinstance(value, Stored) else value))
+            step["step"] = _number(value)
             continue
         # What was made of stage 3 is the tensor itself.
         stored = (
