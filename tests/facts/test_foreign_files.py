@@ -91,8 +91,9 @@ def test_nothing_in_a_pickle_runs(tmp_path: Path) -> None:
     for name, data in payloads(sentinel).items():
         with pytest.raises(CheckpointError) as caught:
             read(data)
-        wanted = name.partition("/")[0]
-        assert wanted in str(caught.value), name
+        # Old protocols have the names of Python 2's modules.
+        wanted = name.partition("/")[0].rpartition(".")[2]
+        assert f".{wanted}'" in str(caught.value), name
         assert not sentinel.exists(), name
 
 
