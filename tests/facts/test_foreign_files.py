@@ -80,8 +80,9 @@ def payloads(sentinel: Path) -> dict[str, bytes]:
         }.items():
             found[f"{name}/{protocol}"] = pickle.dumps({"module": [call]}, protocol)
     code = touch.encode()
-    found["builtins.eval/inst"] = b"(S'" + code.replace(b"'", b'"') + b"'\nibuiltins\neval\n."
-    found["builtins.eval/obj"] = b"(cbuiltins\neval\nX" + len(code).to_bytes(4, "little") + code + b"o."
+    text = b"X" + len(code).to_bytes(4, "little") + code
+    found["builtins.eval/inst"] = b"(" + text + b"ibuiltins\neval\n."
+    found["builtins.eval/obj"] = b"(cbuiltins\neval\n" + text + b"o."
     found["posix.system/dotted"] = b"\x80\x04\x8c\x0bcollections\x8c\x0bOrderedDict\x93\x8c\x05posix\x8c\x06system\x93."
     return found
 
