@@ -7,6 +7,7 @@ and random states for each rank. One manifest names them all, so they are comple
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from shardwise import operations, roll_call
 from shardwise.accumulation import GradientState
 from shardwise.checkpoint import randomness
 from shardwise.checkpoint.engine import EngineMeeting, save_by
-from shardwise.checkpoint.load import load, locate, open_together
+from shardwise.checkpoint.load import Checkpoint, load, locate, open_together
 from shardwise.checkpoint.manifest import MANIFEST, find_tag
 from shardwise.checkpoint.model import Wishes
 from shardwise.checkpoint.save import Background, Content, Meeting, Place, agree
@@ -33,6 +34,8 @@ from shardwise.errors import CheckpointError, ConfigError
 from shardwise.handlers import ProjectConfiguration
 from shardwise.scheduler import AcceleratedScheduler, EngineScheduler
 from shardwise.zero.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 TAG = "pytorch_model"
 FOLDER = "checkpoints"
@@ -291,6 +294,9 @@ def load_state(
     for hook in list(prepared.registered.load_hooks.values()):
         hook(list(prepared.engines), str(folder))
     with opened as checkpoint:
+        if checkpoint.is_bare:
+            _load_bare(prepared, checkpoint, wishes, module_only)
+            return True
         world = checkpoint.manifest.world
         rank = meeting.rank if world == meeting.size else 0
         _compare("model", len(checkpoint.manifest.models), len(prepared.engines))
@@ -313,6 +319,32 @@ def load_state(
     if project.automatic_checkpoint_naming and (match := _AUTOMATIC.fullmatch(folder.name)):
         project.iteration = max(project.iteration, int(match[1]) + 1)
     return True
+
+
+def _load_bare(prepared: Prepared, checkpoint: Checkpoint, wishes: Wishes, module_only: bool) -> None:
+    """DeepSpeed's, or one that was converted: a model's states, and nothing of what the script prepared beside it."""
+    if len(prepared.engines) != 1:
+        raise CheckpointError(
+            f"{checkpoint.directory} holds one model, and {len(prepared.engines)} are prepared. Load each by its "
+            f"engine: model.load_checkpoint({str(checkpoint.directory.parent)!r}, tag)."
+        )
+    (engine,) = prepared.engines
+    engine.put_away()
+    load(checkpoint, [engine.trained()], wishes, prepared.meeting, prepared.step)
+    if module_only:
+        return
+    engine.take_counters(checkpoint.manifest.models[0].counters)
+    counts = {
+        "schedulers": len(prepared.own_schedulers),
+        "loaders": len(prepared.loaders),
+        "registered objects": len(prepared.registered.objects),
+    }
+    left = [f"{count} {what}" for what, count in counts.items() if count]
+    if prepared.meeting.rank == 0:
+        logger.warning(
+            "%s holds the states of the model, its optimizer and its engine's scheduler. As they are stay: random "
+            "states%s.", checkpoint.directory, "".join(f", {each}" for each in left),
+        )  # fmt: skip
 
 
 def _check_kept(shared: Any, of_rank: Any, prepared: Prepared) -> None:

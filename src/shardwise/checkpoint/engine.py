@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from shardwise import roll_call
 from shardwise.checkpoint import export, randomness
-from shardwise.checkpoint.load import load, locate, logger, open_together
+from shardwise.checkpoint.dcp import write_dcp
+from shardwise.checkpoint.load import Checkpoint, load, locate, logger, open_together
 from shardwise.checkpoint.model import IncompatibleKeys, Trained, Wishes
-from shardwise.checkpoint.save import Background, Content, Meeting, Place, save
+from shardwise.checkpoint.pretrained import pretrained, write_settings
+from shardwise.checkpoint.save import Background, Content, Meeting, Place, agree, save
 from shardwise.checkpoint.zero_to_fp32 import parse_size
 from shardwise.comm.base import CollectiveId, Communicator
 from shardwise.errors import CheckpointError
@@ -125,6 +131,38 @@ def write_engine(
     step = trained.counters["global_steps"]
     meeting = EngineMeeting(trained.comm, step)
     export.write(trained, output, meeting, max_bytes, safetensors, step, with_frozen)
+
+
+def export_pretrained(trained: Trained, module: nn.Module, output: Path, max_shard_size: int | str) -> None:
+    """Write the directory that ``from_pretrained`` of transformers reads, from rank 0. Collective."""
+    pretrained(module)
+    write_engine(trained, output, max_shard_size, safetensors=True, with_frozen=True)
+    meeting = EngineMeeting(trained.comm, trained.counters["global_steps"])
+    dtypes = [v.dtype for v in trained.references.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+    def work() -> None:
+        if meeting.rank == 0:
+            write_settings(module, dtypes[0] if dtypes else torch.get_default_dtype(), output)
+
+    agree(meeting, "the end of an export", work)
+
+
+def export_dcp(trained: Trained, output: Path) -> None:
+    """Write a checkpoint of ``torch.distributed.checkpoint`` from rank 0, by way of one of ours. Collective."""
+    roll_call.answer(f"export_dcp({output.name!r})")
+    meeting = EngineMeeting(trained.comm, trained.counters["global_steps"])
+    place = Place(output.with_name(f".{output.name}.export"), "whole", save_latest=False)
+    save(place, Content([trained], {}, {"random": None}), meeting)
+
+    def work() -> None:
+        if meeting.rank == 0:
+            try:
+                with Checkpoint(place.own_directory) as checkpoint:
+                    write_dcp(checkpoint, output)
+            finally:
+                shutil.rmtree(place.directory, ignore_errors=True)
+
+    agree(meeting, "the end of an export", work)
 
 
 def gather_engine(trained: Trained) -> dict[str, Any]:

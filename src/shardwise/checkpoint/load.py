@@ -13,12 +13,13 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from shardwise.checkpoint.manifest import Manifest, check_tag, complete_tags, find_tag, read_manifest
-from shardwise.checkpoint.model import IncompatibleKeys, Loading, SavedModel, Trained, Wishes
+from shardwise.checkpoint.foreign.open import find_foreign, is_foreign, read_foreign
+from shardwise.checkpoint.manifest import MANIFEST, Manifest, check_tag, complete_tags, find_tag, read_manifest
+from shardwise.checkpoint.model import IncompatibleKeys, Loading, Reads, SavedModel, Trained, Wishes
 from shardwise.checkpoint.save import Meeting, agree
 from shardwise.checkpoint.shard_file import ShardFile, settle
 from shardwise.checkpoint.tree import decode
@@ -27,31 +28,36 @@ from shardwise.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-class Checkpoint:
-    """A complete checkpoint, open for reading; files are opened when they are first needed. A context.
+class Files(Reads, Protocol):
+    """The files of a checkpoint, ours or somebody else's."""
+
+    def close(self) -> None:
+        """Forget the files."""
+
+
+class OwnFiles:
+    """The files that a manifest of ours names, opened when they are first needed.
 
     Args:
         directory: of the checkpoint itself.
-
-    Raises:
-        CheckpointError: there is none.
+        manifest: what is in it.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.manifest: Manifest = read_manifest(directory)
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._directory = directory
+        self._manifest = manifest
         self._open: dict[int, ShardFile] = {}
 
     @property
     def world(self) -> int:
         """Ranks that wrote it."""
-        return self.manifest.world
+        return self._manifest.world
 
     def _file(self, number: int) -> ShardFile:
         if number not in self._open:
-            if not 0 <= number < len(self.manifest.files):
-                raise CheckpointError(f"{self.directory} refers to its file number {number}, which it does not have.")
-            self._open[number] = ShardFile(self.directory, self.manifest.files[number])
+            if not 0 <= number < len(self._manifest.files):
+                raise CheckpointError(f"{self._directory} refers to its file number {number}, which it does not have.")
+            self._open[number] = ShardFile(self._directory, self._manifest.files[number])
         return self._open[number]
 
     def check(self, file: int, key: str, begin: int, end: int) -> None:
@@ -78,8 +84,39 @@ class Checkpoint:
         """A tensor of a tree; the rank that wrote it stands in its key."""
         number = str(key).partition("/")[0]
         if not number.isdecimal():
-            raise CheckpointError(f"{self.directory} refers to a tensor {str(key)[:80]!r}, which no rank has written.")
+            raise CheckpointError(f"{self._directory} refers to a tensor {str(key)[:80]!r}, which no rank has written.")
         return self.entry(int(number), key)
+
+    def close(self) -> None:
+        """Forget the files."""
+        self._open.clear()
+
+
+class Checkpoint:
+    """A complete checkpoint, open for reading. A context.
+
+    Args:
+        directory: of the checkpoint itself; DeepSpeed's are understood, too.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.manifest: Manifest
+        self._files: Files
+        if not (directory / MANIFEST).exists() and is_foreign(directory):
+            source = read_foreign(directory)
+            self.manifest, self._files = source.manifest, source
+        else:
+            self.manifest = read_manifest(directory)
+            self._files = OwnFiles(directory, self.manifest)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing of single ranks was kept: DeepSpeed does not, nor does a conversion."""
+        return all(of_rank == {"random": None} for of_rank in self.manifest.ranks)
 
     def model(self, index: int) -> SavedModel:
         """A model by its place."""
@@ -88,19 +125,19 @@ class Checkpoint:
                 f"{self.directory} holds {len(self.manifest.models)} model(s): there is none for model {index}. "
                 "Prepare as many models as when it was saved."
             )
-        return SavedModel(index, self.manifest.models[index], self)
+        return SavedModel(index, self.manifest.models[index], self._files)
 
     def shared(self, allow_pickle: Collection[str] = (), root: str = "client_state") -> Any:
         """What was kept once for all ranks."""
-        return decode(self.manifest.shared, self.tensor, root, allow_pickle)
+        return decode(self.manifest.shared, self._files.tensor, root, allow_pickle)
 
     def of_rank(self, rank: int, allow_pickle: Collection[str] = ()) -> Any:
         """What a rank kept for itself."""
-        return decode(self.manifest.ranks[rank], self.tensor, "rank", allow_pickle)
+        return decode(self.manifest.ranks[rank], self._files.tensor, "rank", allow_pickle)
 
     def close(self) -> None:
         """Forget the files."""
-        self._open.clear()
+        self._files.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -119,9 +156,9 @@ def locate(directory: Path, tag: str | None) -> Path | None:
     if tag is None:
         tag = find_tag(directory)
         if tag is None:
-            return None
+            return find_foreign(directory)
     own = directory / check_tag(tag)
-    if not (own / "manifest.json").is_file():
+    if not (own / MANIFEST).is_file() and not is_foreign(own):
         others = complete_tags(directory) if directory.is_dir() else []
         why = "" if asked else "which `latest` names, "
         raise CheckpointError(

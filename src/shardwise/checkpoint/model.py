@@ -31,6 +31,8 @@ from shardwise.zero.unit import Segment, Unit
 
 WEIGHT = "weight"
 BUFFER = "buffer"
+HOW_IT_WORKS = frozenset({"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"})
+"""Settings of an optimizer's groups that say how it works, not how it learns."""
 REDUCED = "gradient"
 UNREDUCED = "gradient of rank"
 
@@ -502,7 +504,9 @@ class Loading:
                 "the checkpoint holds no optimizer: it was saved by an engine without one. Pass "
                 "load_optimizer_states=False to begin with a new optimizer state."
             )
-        if saved["class"] != type(optimizer).__name__ or len(saved["groups"]) != len(groups):
+        # Others' files do not name the class; what may have written such state is listed.
+        classes = saved.get("classes", [saved["class"]])
+        if type(optimizer).__name__ not in classes or len(saved["groups"]) != len(groups):
             raise CheckpointError(
                 f"the checkpoint was saved with {saved['class']} over {len(saved['groups'])} group(s), and the engine "
                 f"has {type(optimizer).__name__} over {len(groups)}. Build the optimizer that was saved, or pass "
@@ -522,7 +526,7 @@ class Loading:
                     present = group.get(key)
                     if isinstance(present, torch.Tensor) and isinstance(value, torch.Tensor):
                         present.copy_(value)
-                    elif key != "params":
+                    elif "classes" not in saved or (key in group and key not in HOW_IT_WORKS):
                         group[key] = value
 
         return install

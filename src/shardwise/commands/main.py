@@ -13,6 +13,7 @@ from rich.text import Text
 from shardwise.commands.bench_storage import bench_storage
 from shardwise.commands.config import config_app
 from shardwise.commands.consolidate import consolidate
+from shardwise.commands.convert import convert
 from shardwise.commands.env import env
 from shardwise.commands.explain import explain
 from shardwise.commands.group import Commands
@@ -45,6 +46,7 @@ app.command(
     epilog="Example: shardwise consolidate checkpoints weights --dtype bf16 --max-shard-size 2GB",
 )(consolidate)
 app.command(epilog="Example: shardwise bench-storage /mnt/nvme --size 4GB")(bench_storage)
+app.command(epilog="Example: shardwise convert deepspeed_checkpoints checkpoints --tag global_step1000")(convert)
 
 
 @app.callback()

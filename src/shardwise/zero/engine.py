@@ -27,7 +27,16 @@ from torch.utils.hooks import RemovableHandle
 
 from shardwise import roll_call, torch_compat
 from shardwise.checkpoint import randomness
-from shardwise.checkpoint.engine import EngineMeeting, PathLike, gather_engine, load_engine, save_engine, write_engine
+from shardwise.checkpoint.engine import (
+    EngineMeeting,
+    PathLike,
+    export_dcp,
+    export_pretrained,
+    gather_engine,
+    load_engine,
+    save_engine,
+    write_engine,
+)
 from shardwise.checkpoint.model import IncompatibleKeys, Trained, Wishes
 from shardwise.checkpoint.save import Background, Place
 from shardwise.comm.base import CollectiveId, Communicator
@@ -728,6 +737,31 @@ class Engine(nn.Module):
         """
         self._check_checkpointable("write_weights")
         write_engine(self.trained(), Path(output), max_shard_size, safetensors, not exclude_frozen_parameters)
+
+    def export_pretrained(self, output: PathLike, max_shard_size: int | str = "5GB") -> None:
+        """Write config and weights as ``from_pretrained`` of transformers reads them, from rank 0. Collective.
+
+        Args:
+            output: a directory; made where it is missing.
+            max_shard_size: bytes of a file of weights; several get an index.
+
+        Raises:
+            ConfigError: the model is none of transformers.
+        """
+        self._check_checkpointable("export_pretrained")
+        export_pretrained(self.trained(), self.module, Path(output), max_shard_size)
+
+    def export_dcp(self, output: PathLike) -> None:
+        """Write weights and optimizer states as ``torch.distributed.checkpoint.load`` reads them. Collective.
+
+        A checkpoint of ours is written beside it first and removed at the end: there must be room for both.
+
+        Args:
+            output: a directory that does not exist, or is empty.
+        """
+        self._check_checkpointable("export_dcp")
+        self.wait_for_checkpoint()
+        export_dcp(self.trained(), Path(output))
 
     def gather_state_dict(self) -> dict[str, Any]:
         """The wrapped model's state dict, whole, on rank 0's CPU; an empty one elsewhere. Collective.
