@@ -38,11 +38,13 @@ from shardwise.zero.assembly import (
     optimizer_groups,
     plan_blueprints,
 )
+from shardwise.zero.construction import refuse_inside
 from shardwise.zero.dump import describe_state
 from shardwise.zero.engine import Engine
 from shardwise.zero.engine_optimizer import EngineOptimizer
 from shardwise.zero.observed import ObservedEngine, build_observers, engine_class
 from shardwise.zero.optimizer import describe
+from shardwise.zero.pieces import check_have_values, release_modules
 from shardwise.zero.schedule import Budgets
 from shardwise.zero.unit import Unit
 from shardwise.zero.wrap import UnitPlan
@@ -70,7 +72,8 @@ def initialize(
 
     Args:
         args: an object with ``deepspeed_config``, used where ``config`` is None (what argparse returned, say).
-        model: any module; its parameters become views into the engine's buffers. Rank 0's values are used on all ranks.
+        model: any module, built in one piece or under ``zero.Init``; its parameters become views into the engine's
+            buffers. Rank 0's values are used on all ranks.
         optimizer: a torch optimizer over the model's parameters, or a callable that builds one from parameters. None:
             the one that the configuration describes, else none: the engine then only runs the model, until
             ``engine.attach_optimizer``.
@@ -108,6 +111,8 @@ def initialize(
         warn(warning)
     batch_sizes = settings.resolve_batch(mesh.dp_shard.size)
 
+    refuse_inside("initialize()")
+    check_have_values(model.named_parameters())
     built = _build_optimizer(model, optimizer, model_parameters, settings)
     groups = optimizer_groups(model, built)
     precision = choose_precision(settings)
@@ -146,6 +151,7 @@ def _assemble(
     """Check that ranks agree, allocate, and put the engine together."""
     check_same_model(comm, planned, [f"configuration {configuration_text(settings)}", *describe_optimizer(optimizer)])
     units = build_units(comm, planned, traits, precision)
+    release_modules(model.modules())
     _move_buffers(model, comm.device, precision.compute)
     zero = settings.zero_optimization
     budgets = Budgets(zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)

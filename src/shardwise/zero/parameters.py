@@ -19,6 +19,8 @@ from torch import nn
 from shardwise.comm.base import CollectiveId, Communicator, Done, Pending
 from shardwise.layout import Layout, Span
 from shardwise.precision import master_dtype
+from shardwise.zero.guard import guard_like
+from shardwise.zero.pieces import copy_whole
 
 
 class ParameterHome(Protocol):
@@ -58,10 +60,13 @@ class ParameterHome(Protocol):
 def _initial_values(
     layout: Layout, parameters: Sequence[nn.Parameter], dtype: torch.dtype, comm: Communicator
 ) -> torch.Tensor:
-    """[N] the parameters' values in ``dtype``, each in its slot; rank 0's win, as with DistributedDataParallel."""
+    """[N] the parameters' values in ``dtype``, each in its slot; rank 0's win, as with DistributedDataParallel.
+
+    What was built in pieces comes together here, one buffer at a time, and its pieces are freed.
+    """
     values = torch.zeros(layout.numel, dtype=dtype, device=comm.device)
     for view, parameter in zip(slot_views(values, layout), parameters, strict=True):
-        view.copy_(parameter.detach())
+        copy_whole(parameter, view)
     comm.broadcast(values)
     return values
 
@@ -147,7 +152,7 @@ class ShardedParameters:
         self.shard.copy_(values[span.begin : span.end])
         self.full = values if resting_dtype == dtype else torch.empty(layout.numel, dtype=dtype, device=comm.device)
         self._views = slot_views(self.full, layout)
-        self._guards = [_guard(view) for view in self._views]
+        self._guards = [guard_like(view) for view in self._views]
         self.resting = self.shard
         self.master = self.shard if trainable else self.shard[:0]
         self._pending: Pending | None = None
@@ -196,12 +201,3 @@ def _load_owned(layout: Layout, slot: int, value: torch.Tensor, span: Span, targ
     if owned.numel:
         source, place = owned.shift(-layout.slots[slot].offset), owned.shift(-span.begin)
         target[place.begin : place.end].copy_(value.reshape(-1)[source.begin : source.end])
-
-
-def _guard(view: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape without memory of its own, full of NaN (or of the least integer)."""
-    if view.is_floating_point() or view.is_complex():
-        value: float = float("nan")
-    else:
-        value = 0 if view.dtype == torch.bool else torch.iinfo(view.dtype).min
-    return torch.full((), value, dtype=view.dtype, device=view.device).expand(view.shape)
