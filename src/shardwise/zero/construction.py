@@ -145,8 +145,10 @@ class Construction:
 
     def run(self, operation: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A dispatched operation: what it touches is whole while it runs."""
-        if self._busy or torch_compat.is_view(operation) or operation in _READ_NO_VALUES:
+        if self._busy or operation in _READ_NO_VALUES:
             return operation(*args, **kwargs)
+        if torch_compat.is_view(operation):
+            return self._view(operation, args, kwargs)
         with _Busy(self):
             used = {kept.number: kept for tensor in _tensors((args, kwargs)) if (kept := self._find(tensor))}
             if not used:
@@ -162,6 +164,21 @@ class Construction:
                 self._watch(result.untyped_storage(), f"a copy of {next(iter(used.values())).label}")
             self._make_room(used.values())
         return result
+
+    def _view(self, operation: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A view reads nothing, but torch wants the memory to be there: for a moment it is, without values."""
+        with _Busy(self):
+            storages = []
+            for tensor in _tensors(args):
+                kept = self._find(tensor)
+                if kept is not None and not kept.is_fixed and kept.storage.key not in self._whole:
+                    storages.append(tensor.untyped_storage())
+                    storages[-1].resize_(kept.nbytes)
+            try:
+                return operation(*args, **kwargs)
+            finally:
+                for storage in storages:
+                    storage.resize_(0)
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A function of torch that is no dispatched operation."""
