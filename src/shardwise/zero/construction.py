@@ -162,7 +162,9 @@ class Construction:
             if operation is _aten.clone.default:
                 # ``deepcopy`` makes parameters so, and no hook of torch tells of them.
                 self._watch(result.untyped_storage(), f"a copy of {next(iter(used.values())).label}")
-            self._make_room(used.values())
+            # One rank alone may work on what is gathered: that must not move anything.
+            if any(kept not in self._pinned for kept in used.values()):
+                self._make_room(used.values())
         return result
 
     def _view(self, operation: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -229,7 +231,8 @@ class Construction:
         if kept.is_fixed:
             return
         if kept.storage.key in self._whole:
-            self._whole.move_to_end(kept.storage.key)
+            if kept not in self._pinned:
+                self._whole.move_to_end(kept.storage.key)
             return
         storage = kept.storage.get()
         assert storage is not None  # whoever asks holds it

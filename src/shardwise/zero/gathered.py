@@ -32,8 +32,9 @@ class GatheredParameters(AbstractContextManager[None]):
 
     Args:
         params: a parameter, or an iterable of them (a module's ``parameters()``, say).
-        modifier_rank: the rank whose changes count: at the end they are everybody's, and the masters'. With None
-            nothing is to be changed: what is changed at stage 3 is lost at the end.
+        modifier_rank: the rank whose changes count: at the end they are everybody's, and the fp32 masters' (an element
+            whose master rounds to its new value keeps it). With None nothing is to be changed: what is changed at
+            stage 3 is lost at the end.
         fwd_module: a module whose forward will read ``params`` from now on; see ``register_external_parameter``.
         enabled: False does nothing.
 
