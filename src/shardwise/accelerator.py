@@ -67,6 +67,7 @@ from shardwise.state import AcceleratorState
 from shardwise.trackers.base import GeneralTracker
 from shardwise.trackers.choose import LogWith, filter_trackers
 from shardwise.trackers.running import Trackers
+from shardwise.zero.construction import Init
 from shardwise.zero.engine import Engine
 
 _logger = logging.getLogger(__name__)
@@ -332,6 +333,17 @@ class Accelerator:
         return context
 
     # --- making objects ready ------------------------------------------------------------------------------------
+
+    def init_context(self, **settings: Any) -> Init:
+        """A context in which models are built in pieces, where ``zero3_init_flag`` says so (at stage 3 by default).
+
+        Without ZeRO, at other stages and with the flag false it does nothing, so a script need not ask.
+
+        Args:
+            settings: of ``shardwise.zero.Init``.
+        """
+        plugin = self.deepspeed_plugin
+        return Init(enabled=plugin is not None and plugin.is_zero3_init_enabled(), **settings)
 
     def prepare(self, *args: Any, device_placement: Sequence[bool | None] | None = None) -> Any:
         """Make models, optimizers, schedulers and loaders ready; collective where a model is among them.

@@ -90,17 +90,22 @@ def same_at_all_stages(kind: str) -> None:
     assert first[1] is not None and first[2] is None, "a gradient, and no moments before the first step"
     assert wanted[-1]["blocks.0.up.weight"][1] is None, "the gradient is gone after the step"
     assert wanted[0]["blocks.1.up.weight"][1] is None, "a frozen parameter has none"
+    # Stages 2 and 3 average each micro-batch by itself: their last bits differ from those of stages 0 and 1.
+    by_cadence = {0: wanted, 1: wanted}
     for stage in STAGES:
         found, after = seen(stage, kind, looks=True)
         built.assert_same_state(after, seen(stage, kind, looks=False)[1])
-        for here, there in zip(found, wanted, strict=True):
-            for name, states in here.items():
-                for ours, theirs in zip(states, there[name], strict=True):
-                    assert (ours is None) == (theirs is None), (stage, name)
-                    if ours is not None and theirs is not None:
-                        # Stages 2 and 3 average each micro-batch by itself.
-                        torch.testing.assert_close(ours, theirs, rtol=2e-2 if kind != "fp32" else 1e-5, atol=1e-3 if
-                                                   kind != "fp32" else 1e-7)  # fmt: skip
+        assert_equal(found[:1], wanted[:1], stage)
+        assert_equal(found, by_cadence.setdefault(stage, found), stage)
+        by_cadence.setdefault(stage + 1, found)
+
+
+def assert_equal(found: list[dict[str, States]], wanted: list[dict[str, States]], stage: int) -> None:
+    for here, there in zip(found, wanted, strict=True):
+        for name, states in here.items():
+            for ours, theirs in zip(states, there[name], strict=True):
+                assert (ours is None) == (theirs is None), (stage, name)
+                assert ours is None or theirs is None or torch.equal(ours, theirs), (stage, name)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3], indirect=True)

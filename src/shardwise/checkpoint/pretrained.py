@@ -239,13 +239,13 @@ class _ModelLoad:
         self, weights: Weights, name: str, tensor: torch.Tensor, found: pieces.Parked, dtype: torch.dtype
     ) -> None:
         rest, geometry = found.rest, found.geometry
+        if geometry.dtype != dtype:
+            pieces.unpark(tensor)
+            self._park(weights, name, tensor, dtype, rest.device)
+            return
         if geometry.covers(rest.nbytes):
-            if geometry.dtype == dtype:
-                mine = self._ranks.spans(rest.nbytes)[self._ranks.rank]
-                weights.source(name, dtype).read(mine.begin, rest.piece)
-            else:
-                pieces.unpark(tensor)
-                self._park(weights, name, tensor, dtype, rest.device)
+            mine = self._ranks.spans(rest.nbytes)[self._ranks.rank]
+            weights.source(name, dtype).read(mine.begin, rest.piece)
             return
         # It is a view of something larger, or laid out in another order: bring the storage together and cut it anew.
         memory = rest.gather()
