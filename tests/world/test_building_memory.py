@@ -132,7 +132,9 @@ def run_limited(way: str, path: Path) -> tuple[int, str]:
             text=True,
             env={
                 "RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin",
+                "OMP_NUM_THREADS": "1",
+                # What malloc keeps of freed tensors is held by nobody: let it keep nothing large.
+                "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin",
             },
         )
         for rank in range(RANKS)
