@@ -13,6 +13,7 @@ from shardwise.errors import CollectiveError, ConfigError, ShardwiseError, State
 if TYPE_CHECKING:
     from shardwise.accelerator import Accelerator
     from shardwise.availability import is_rich_available
+    from shardwise.checkpoint.pretrained import load_pretrained
     from shardwise.data.prepare import skip_first_batches
     from shardwise.handlers import (
         AutocastKwargs,
@@ -52,10 +53,14 @@ _HOMES = {
     "init_distributed": "mesh",
     "initialize": "zero.init",
     "is_rich_available": "availability",
+    "load_pretrained": "checkpoint.pretrained",
     "notebook_launcher": "launchers",
     "skip_first_batches": "data.prepare",
     "synchronize_rng_states": "random",
 }
+
+_MODULES = ("utils", "zero")
+"""Scripts reach these through the package: ``shardwise.zero.Init``."""
 
 __all__ = [
     "Accelerator",
@@ -79,6 +84,7 @@ __all__ = [
     "init_distributed",
     "initialize",
     "is_rich_available",
+    "load_pretrained",
     "notebook_launcher",
     "skip_first_batches",
     "synchronize_rng_states",
@@ -86,10 +92,12 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"shardwise.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"shardwise.{name}")
     raise AttributeError(f"module 'shardwise' has no attribute {name!r}")

@@ -66,7 +66,9 @@ from shardwise.state import AcceleratorState
 from shardwise.trackers.base import GeneralTracker
 from shardwise.trackers.choose import LogWith, filter_trackers
 from shardwise.trackers.running import Trackers
+from shardwise.zero.construction import Init
 from shardwise.zero.engine import Engine
+from shardwise.zero.pieces import parked
 
 _logger = logging.getLogger(__name__)
 
@@ -332,6 +334,17 @@ class Accelerator:
 
     # --- making objects ready ------------------------------------------------------------------------------------
 
+    def init_context(self, **settings: Any) -> Init:
+        """A context in which models are built in pieces, where ``zero3_init_flag`` says so (at stage 3 by default).
+
+        Without ZeRO, at other stages and with the flag false it does nothing, so a script need not ask.
+
+        Args:
+            settings: of ``shardwise.zero.Init``.
+        """
+        plugin = self.deepspeed_plugin
+        return Init(enabled=plugin is not None and plugin.is_zero3_init_enabled(), **settings)
+
     def prepare(self, *args: Any, device_placement: Sequence[bool | None] | None = None) -> Any:
         """Make models, optimizers, schedulers and loaders ready; collective where a model is among them.
 
@@ -347,6 +360,7 @@ class Accelerator:
         """
         if device_placement is not None:
             raise ConfigError("prepare(device_placement=...): the engine places models. Leave it out.")
+        self._say_what_was_built_whole(args)
         ready, config = prepare(args, self._facts())
         self._models += [item for item in ready if isinstance(item, Engine)]
         self._optimizers += [item for item in ready if isinstance(item, AcceleratedOptimizer)]
@@ -355,6 +369,21 @@ class Accelerator:
         if config is not None:
             self._adopt_accumulation()
         return ready[0] if len(ready) == 1 else tuple(ready)
+
+    def _say_what_was_built_whole(self, objects: Sequence[Any]) -> None:
+        """``zero3_init_flag: true`` acts in a context, which a script for Accelerate does not open."""
+        plugin = self.deepspeed_plugin
+        if plugin is None or not (plugin.zero3_init_flag and plugin.is_zero3_init_enabled()):
+            return
+        if self.num_processes == 1 or not self.is_main_process:
+            return
+        for model in objects:
+            if isinstance(model, nn.Module) and not any(parked(p) is not None for p in model.parameters()):
+                _logger.warning(
+                    "zero3_init_flag is true, but prepare() got a %s that was built whole on each rank. Build it "
+                    "inside `with accelerator.init_context():`.",
+                    type(model).__name__,
+                )
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False

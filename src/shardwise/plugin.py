@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -91,7 +92,7 @@ class DeepSpeedPlugin:
         offload_param_device: "none", "cpu" or "nvme".
         offload_optimizer_nvme_path: a directory.
         offload_param_nvme_path: a directory.
-        zero3_init_flag: whether large models are built in shards at stage 3.
+        zero3_init_flag: whether models are built in pieces under ``Accelerator.init_context``; not said: at stage 3.
         zero3_save_16bit_model: whether whole 16-bit weights are gathered on saving at stage 3.
         transformer_moe_cls_names: class names of mixture-of-experts layers, comma-separated.
         enable_msamp: fp8 by MS-AMP, which is not here.
@@ -217,6 +218,21 @@ class DeepSpeedPlugin:
         flag = self._resolved["zero3_init_flag"]
         is_stage_3 = self.get_value("zero_optimization.stage") == 3
         return is_stage_3 and flag is not False
+
+    @contextmanager
+    def zero3_init_context_manager(self, enable: bool = False) -> Iterator[None]:
+        """At stage 3, models inside are built in pieces (``enable``) or whole, whatever ``zero3_init_flag`` says."""
+        from shardwise.zero.construction import Init  # torch comes in with it
+
+        if self.get_value("zero_optimization.stage") != 3:
+            yield
+            return
+        former, self._zero3_init = self._zero3_init, enable
+        try:
+            with Init(enabled=enable):
+                yield
+        finally:
+            self._zero3_init = former
 
     def __repr__(self) -> str:
         return f"DeepSpeedPlugin({self.deepspeed_config})"

@@ -13,9 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.autograd import Variable
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
+
+__all__ = ["TorchDispatchMode", "WeakTensorKeyDictionary"]  # private modules, for those who need these classes
 
 # torch 2.13 renamed the tensor collectives; the old names warn there and the new ones are absent before.
 _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -80,6 +85,48 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
     disabled: Callable[..., Any] = torch.compiler.disable(function)
     return disabled
+
+
+class WeakStorage:
+    """A storage that others may free. While this exists its ``key`` belongs to no other storage."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._reference = StorageWeakRef(storage)
+        self.key = storage_key(storage)
+
+    def get(self) -> torch.UntypedStorage | None:
+        """The storage, or None if it was freed."""
+        if self._reference.expired():
+            return None
+        storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self._reference.cdata)
+        return storage
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """A number that a storage has for itself as long as it lives."""
+    key: int = storage._cdata
+    return key
+
+
+def is_view(operation: Any) -> bool:
+    """Whether a dispatched operation only makes a view: it reads no element."""
+    return isinstance(operation, torch._ops.OpOverload) and bool(operation.is_view)
+
+
+def non_persistent_buffers(module: torch.nn.Module) -> set[str]:
+    """Names of the module's own buffers that are in no state dict."""
+    return module._non_persistent_buffers_set
+
+
+def written_arguments(operation: Any) -> tuple[tuple[int, str], ...] | None:
+    """Positions and names of the arguments that a dispatched operation writes to; None where it does not say."""
+    if not isinstance(operation, torch._ops.OpOverload):
+        return None
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(operation._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
 
 
 def import_what_binds_groups() -> None:

@@ -293,19 +293,22 @@ def test_a_unit_that_was_put_away_in_between_is_a_wrong_state() -> None:
         house.schedule.before_backward(unit)
 
 
-# -- pinned
+# -- held
 
 
-def test_nothing_is_put_away_while_pinned() -> None:
+def test_nothing_is_put_away_while_it_is_held() -> None:
     house = House([10, 10], Budgets(reuse_distance=0))
-    house.schedule.pinned = True
+    house.schedule.hold(house.units)
+    house.schedule.hold(house.units[:1])
+    house.log.clear()
     house.forward("ab")
     house.backward("ab")
     assert house.whole() == "ab"
     assert not any(word.startswith("free") for word in house.log)
     assert all(unit.training_state is TrainingState.IDLE for unit in house.units)
-    house.schedule.pinned = False
-    house.schedule.reshard_all()
+    house.schedule.release(house.units)
+    assert house.whole() == "a"
+    house.schedule.release(house.units[:1])
     house.assert_home()
 
 

@@ -17,7 +17,7 @@ from shardwise.checkpoint import export, randomness
 from shardwise.checkpoint.dcp import write_dcp
 from shardwise.checkpoint.load import Checkpoint, load, locate, logger, open_together
 from shardwise.checkpoint.model import IncompatibleKeys, Trained, Wishes
-from shardwise.checkpoint.pretrained import pretrained, write_settings
+from shardwise.checkpoint.model_settings import pretrained, write_settings
 from shardwise.checkpoint.save import Background, Content, Meeting, Place, agree, save
 from shardwise.checkpoint.zero_to_fp32 import parse_size
 from shardwise.comm.base import CollectiveId, Communicator

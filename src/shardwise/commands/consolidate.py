@@ -35,7 +35,7 @@ def consolidate(
     """Write a checkpoint's whole weights: no GPU, no configuration, memory of the largest parameter."""
     from pathlib import Path
 
-    from shardwise.checkpoint.pretrained import check_settings, copy_settings
+    from shardwise.checkpoint.model_settings import check_settings, copy_settings
     from shardwise.checkpoint.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
     if like is not None:

@@ -153,9 +153,26 @@ from shardwise.utils.constants import (
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
 )
+from shardwise.utils.tensor_fragment import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
+)
 from shardwise.versions import (
     compare_versions,
     is_torch_version,
+)
+from shardwise.zero.gathered import (
+    GatheredParameters,
 )
 
 __all__ = [
@@ -176,6 +193,7 @@ __all__ = [
     "DistributedType",
     "DummyOptim",
     "DummyScheduler",
+    "GatheredParameters",
     "GradScalerKwargs",
     "GradientAccumulationPlugin",
     "HfDeepSpeedConfig",
@@ -275,6 +293,18 @@ __all__ = [
     "recursively_apply",
     "reduce",
     "release_memory",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_grad",
+    "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_grad",
+    "safe_set_local_optimizer_state",
     "save",
     "send_to_device",
     "set_seed",

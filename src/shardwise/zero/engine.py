@@ -47,6 +47,7 @@ from shardwise.optim.probe import OptimizerTraits
 from shardwise.precision import NARROW, LossScaler, Precision
 from shardwise.zero.assembly import DTYPES, equip_with_gradients, is_local, measure_optimizer, optimizer_groups
 from shardwise.zero.engine_optimizer import EngineOptimizer
+from shardwise.zero.held import Held, announce, withdraw
 from shardwise.zero.hooks import Hooks, map_tensors
 from shardwise.zero.invariants import refuse_copy
 from shardwise.zero.loose import average_loose_gradients
@@ -128,6 +129,7 @@ class Engine(nn.Module):
         """Whether the others can know that this rank has begun the step, and comes to no roll call before it."""
         self._background = Background()
         comm.publish()
+        announce(self)
 
     def _watch_units(self) -> None:
         self._reducer = Reducer(
@@ -471,15 +473,18 @@ class Engine(nn.Module):
         self._check_open()
         if self._hooks.in_backward:
             raise StateError("gathered_parameters() was entered inside a backward pass. Enter it between passes.")
-        for unit in self._units:
-            unit.unshard(self.global_steps)
-            unit.wait_unsharded()
-        self._schedule.pinned = True
+        self._schedule.hold(self._units)
         try:
             yield
         finally:
-            self._schedule.pinned = False
-            self._schedule.reshard_all()
+            self._schedule.release(self._units)
+
+    def holding(self, parameter: torch.Tensor) -> Held | None:
+        """Where this engine holds ``parameter``; None if it is not the model's."""
+        if parameter not in self._owners:
+            return None
+        return Held(self._comm, self._schedule, self._step, *self._owners[parameter], self._scaler.scale,
+                    self.global_steps, self._hooks.in_backward)  # fmt: skip
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped model's state dict, whole, on the CPU of every rank. Collective; whole one unit at a time."""
@@ -783,6 +788,7 @@ class Engine(nn.Module):
         if self._closed:
             return
         self._closed = True
+        withdraw(self)
         self._background.close()
         self._hooks.remove()
         self._state_dict_guard.remove()

@@ -42,6 +42,7 @@ from shardwise.zero.assembly import (
     plan_layouts,
     plan_places,
 )
+from shardwise.zero.construction import refuse_inside
 from shardwise.zero.dump import describe_state
 from shardwise.zero.engine import Engine
 from shardwise.zero.engine_optimizer import EngineOptimizer
@@ -49,6 +50,7 @@ from shardwise.zero.observed import ObservedEngine, build_observers, engine_clas
 from shardwise.zero.offload import choose_offload
 from shardwise.zero.offloading import Offloading
 from shardwise.zero.optimizer import describe
+from shardwise.zero.pieces import check_have_values, release_modules
 from shardwise.zero.schedule import Budgets
 from shardwise.zero.unit import Unit
 from shardwise.zero.wrap import UnitPlan
@@ -76,7 +78,8 @@ def initialize(
 
     Args:
         args: an object with ``deepspeed_config``, used where ``config`` is None (what argparse returned, say).
-        model: any module; its parameters become views into the engine's buffers. Rank 0's values are used on all ranks.
+        model: any module, built in one piece or under ``zero.Init``; its parameters become views into the engine's
+            buffers. Rank 0's values are used on all ranks.
         optimizer: a torch optimizer over the model's parameters, or a callable that builds one from parameters. None:
             the one that the configuration describes, else none: the engine then only runs the model, until
             ``engine.attach_optimizer``.
@@ -114,6 +117,8 @@ def initialize(
         warn(warning)
     batch_sizes = settings.resolve_batch(mesh.dp_shard.size)
 
+    refuse_inside("initialize()")
+    check_have_values(model.named_parameters())
     built = _build_optimizer(model, optimizer, model_parameters, settings)
     groups = optimizer_groups(model, built)
     precision = choose_precision(settings)
@@ -167,6 +172,7 @@ def _assemble(
     places = plan_places(offloading, planned, layouts)
     offloading.open()
     units = build_units(comm, planned, layouts, places, precision)
+    release_modules(model.modules())
     _move_buffers(model, comm.device, precision.compute)
     zero = settings.zero_optimization
     budgets = Budgets(zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)

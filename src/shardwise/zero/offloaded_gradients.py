@@ -7,7 +7,7 @@ import torch
 from shardwise.comm.base import CollectiveId, Communicator, Pending
 from shardwise.layout import Span
 from shardwise.zero.gradients import OnePass, SoFar, Then, norms_of
-from shardwise.zero.parameters import guard
+from shardwise.zero.guard import guard
 from shardwise.zero.shard_states import GRADIENT, ShardStates
 
 

@@ -22,7 +22,8 @@ from shardwise.precision import master_dtype
 from shardwise.store.aligned import Slab
 from shardwise.store.base import Extent, Store, Transfer
 from shardwise.zero.beside import Beside
-from shardwise.zero.parameters import WholeBuffer, guard, initial_values, load_owned
+from shardwise.zero.guard import guard
+from shardwise.zero.parameters import WholeBuffer, initial_values, load_owned
 from shardwise.zero.rest import InMemory, InStore, Rest
 from shardwise.zero.shard_states import MASTER, ShardStates, StagingSource
 

@@ -239,7 +239,7 @@ class ShardedOptimizer:
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def states(self, rank: int) -> Iterator[StatePiece]:
-        """What ``rank``, this one, keeps of the state in a checkpoint: its shard, even where it steps everything."""
+        """This rank's state of what is ``rank``'s shard; its own is what it keeps in a checkpoint."""
         for runs in self._runs.values():
             for run in runs:
                 if not self._has_state(run):

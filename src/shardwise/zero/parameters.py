@@ -24,6 +24,8 @@ from shardwise.layout import Layout, Span
 from shardwise.precision import master_dtype
 from shardwise.store.base import Transfer
 from shardwise.zero.beside import Beside
+from shardwise.zero.guard import guard, guard_like
+from shardwise.zero.pieces import copy_whole
 from shardwise.zero.rest import InMemory, InStore, Rest
 from shardwise.zero.shard_states import MASTER, ShardStates
 
@@ -80,10 +82,13 @@ class ParameterHome(Protocol):
 def initial_values(
     layout: Layout, parameters: Sequence[nn.Parameter], dtype: torch.dtype, comm: Communicator
 ) -> torch.Tensor:
-    """[N] the parameters' values in ``dtype``, each in its slot; rank 0's win, as with DistributedDataParallel."""
+    """[N] the parameters' values in ``dtype``, each in its slot; rank 0's win, as with DistributedDataParallel.
+
+    What was built in pieces comes together here, one buffer at a time, and its pieces are freed.
+    """
     values = torch.zeros(layout.numel, dtype=dtype, device=comm.device)
     for view, parameter in zip(slot_views(values, layout), parameters, strict=True):
-        view.copy_(parameter.detach())
+        copy_whole(parameter, view)
     comm.broadcast(values)
     return values
 
@@ -313,7 +318,7 @@ class WholeBuffer:
         self.tensor = values if values.dtype == dtype else torch.empty(layout.numel, dtype=dtype, device=values.device)
         self._parameters = list(parameters)
         self._views = slot_views(self.tensor, layout)
-        self._guards = [guard(view.shape, view.dtype, view.device) for view in self._views]
+        self._guards = [guard_like(view) for view in self._views]
         self.free()
 
     def allocate(self) -> None:
@@ -338,12 +343,3 @@ def load_owned(layout: Layout, slot: int, value: torch.Tensor, span: Span, targe
     if owned.numel:
         source = owned.shift(-layout.slots[slot].offset)
         target.part(owned.shift(-span.begin)).save(value.reshape(-1)[source.begin : source.end])
-
-
-def guard(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of that shape without memory of its own, full of NaN (or of the least integer)."""
-    if dtype.is_floating_point or dtype.is_complex:
-        value: float = float("nan")
-    else:
-        value = 0 if dtype == torch.bool else torch.iinfo(dtype).min
-    return torch.full((), value, dtype=dtype, device=device).expand(shape)

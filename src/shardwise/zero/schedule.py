@@ -14,6 +14,7 @@ Budgets, in elements of whole parameters, with the meaning that DeepSpeed docume
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,8 +50,8 @@ class Schedule:
         self._ahead: list[Unit] = []
         """Units that were gathered on a prediction and have not run since."""
         self.step = 0
-        self.pinned = False
-        """While set, nothing is put away."""
+        self._holds: Counter[Unit] = Counter()
+        """How many holders want each unit whole: it is not put away meanwhile."""
 
     # -------------------------------------------------------------------------------------------------- forward
 
@@ -77,7 +78,7 @@ class Schedule:
             self._put_away(unit)
 
     def _put_away(self, unit: Unit) -> None:
-        if not self.pinned:
+        if not self._holds[unit]:
             unit.reshard()
 
     def _reused_soon(self, unit: Unit) -> bool:
@@ -167,6 +168,21 @@ class Schedule:
 
     def _live(self) -> int:
         return sum(unit.numel_sharded for unit in self._moving if unit.state is ShardedState.UNSHARDED)
+
+    # ---------------------------------------------------------------------------------------- whole for somebody
+
+    def hold(self, units: Sequence[Unit]) -> None:
+        """Make ``units`` whole, and keep them so until each ``hold`` was followed by a ``release``."""
+        for unit in units:
+            unit.unshard(self.step)
+            unit.wait_unsharded()
+            self._holds[unit] += 1
+
+    def release(self, units: Sequence[Unit]) -> None:
+        """End a ``hold``: who is held by nobody else is put away."""
+        for unit in units:
+            self._holds[unit] -= 1
+            self._put_away(unit)
 
     # ------------------------------------------------------------------------------------------------------ end
 

@@ -78,8 +78,8 @@ class Step(Protocol):
     def resume_gradients(self, local: Mapping[str, torch.Tensor], num_passes: int) -> None:
         """Go on in the middle of a step, after ``clear_gradients``; the units' buffers are resumed apart."""
 
-    def states(self) -> Iterator[StatePiece]:
-        """The optimizer's state of this rank's shard, for a checkpoint."""
+    def states(self, rank: int | None = None) -> Iterator[StatePiece]:
+        """The optimizer's state of this rank's shard, for a checkpoint; or what this rank steps of another's."""
 
     def read_states(self, saved: SavedStates) -> Callable[[], None]:
         """Read the state of what this rank steps; what is returned puts it in the place of the present one."""
@@ -236,9 +236,9 @@ class ShardedStep:
         """The reducer counts passes."""
         self._reducer.num_passes = num_passes
 
-    def states(self) -> Iterator[StatePiece]:
-        """The optimizer's state of this rank's shard, for a checkpoint."""
-        return self._optimizer.states(self._comm.rank)
+    def states(self, rank: int | None = None) -> Iterator[StatePiece]:
+        """The optimizer's state of this rank's shard, for a checkpoint; or what this rank steps of another's."""
+        return self._optimizer.states(self._comm.rank if rank is None else rank)
 
     def read_states(self, saved: SavedStates) -> Callable[[], None]:
         """Read the state of this rank's runs; what is returned puts it in the place of the present one."""
@@ -350,7 +350,7 @@ class LocalStep:
         for parameter, name in self._names.items():
             parameter.grad = local.get(name)
 
-    def states(self) -> Iterator[StatePiece]:
+    def states(self, rank: int | None = None) -> Iterator[StatePiece]:
         """The optimizer's state of all parameters, for a checkpoint."""
         for parameter, name in self._names.items():
             state = self._optimizer.state.get(parameter)

@@ -21,9 +21,9 @@ import torch
 from shardwise.errors import CheckpointError, ConfigError
 from shardwise.optim.probe import OptimizerTraits
 from shardwise.store.base import Transfer
+from shardwise.zero.guard import guard
 from shardwise.zero.offloaded_parameters import OffloadedParameters
 from shardwise.zero.optimizer import Run, SavedStates, ShardedOptimizer, is_unused, others_beside, split_state
-from shardwise.zero.parameters import guard
 from shardwise.zero.rest import Rest
 from shardwise.zero.shard_states import GRADIENT, MASTER, VALUES, Loaded, ShardStates, Window
 from shardwise.zero.unit import Segment, Unit

@@ -6,7 +6,7 @@
 - Large linear and embedding layers that are left over (an untied output layer) are units of their own.
 - What then remains belongs to the root, which is whole from the start of forward to the end of backward.
 - A parameter that several units would share belongs to their nearest common ancestor, since it must be whole whenever
-  one of them runs.
+  one of them runs; ``register_external_parameter`` tells of uses that cannot be seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from shardwise.errors import ConfigError
+from shardwise.zero.external import external_parameters
 
 LARGE_LEAF_FRACTION = 0.5
 """A layer that is left over becomes a unit if it has this share of the largest block's parameters."""
@@ -189,15 +190,17 @@ def _large_leaves(model: nn.Module, chosen: Collection[str], owners: dict[nn.Par
 
 def _users(model: nn.Module, parameter: nn.Parameter) -> Iterator[nn.Module]:
     for module in model.modules():
-        if any(own is parameter for own in module.parameters(recurse=False)):
+        if any(own is parameter for own in (*module.parameters(recurse=False), *external_parameters(module))):
             yield module
 
 
 def _assign(model: nn.Module, chosen: Collection[str]) -> dict[nn.Parameter, str]:
     """The unit of each parameter: the innermost one that holds all the modules that use it."""
     owners: dict[nn.Parameter, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        path = name.rpartition(".")[0]
+    own = set(model.parameters())
+    uses = [(name.rpartition(".")[0], p) for name, p in model.named_parameters(remove_duplicate=False)]
+    uses += [(name, p) for name, module in model.named_modules() for p in external_parameters(module) if p in own]
+    for path, parameter in uses:
         nearest = max((unit for unit in chosen if _inside(path, unit)), key=len, default="")
         known = owners.get(parameter)
         owners[parameter] = nearest if known is None else _common_unit(known, nearest, chosen)

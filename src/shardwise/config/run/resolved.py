@@ -92,9 +92,6 @@ def section_of(dtype: str, enabled: bool) -> dict[str, bool]:
 
 def idle_settings(values: Mapping[str, Said]) -> Iterator[str]:
     """Warnings of settings that do less than they say."""
-    flag, stage = values["zero3_init_flag"], values["zero_stage"]
-    if flag.value and flag.origin is not Origin.DEFAULT and stage.value == 3:
-        yield f"zero3_init_flag: {flag} has no effect: a model is built whole on each rank, and prepare shards it."
     for part in ("optimizer", "param"):
         device, path = values[f"offload_{part}_device"], values[f"offload_{part}_nvme_path"]
         if device.value == "nvme" and path.value is None:

@@ -86,7 +86,8 @@ class PluginConfig(Block):
     offload_param_device: Annotated[Device, Acts("where parameters rest, at stage 3")] = "none"
     offload_param_nvme_path: Annotated[OptionalPath, Acts("directory for offload_param_device: nvme")] = None
     zero3_init_flag: Annotated[
-        Switch | None, NoEffect("a model is built whole on each rank, and prepare shards it", warns=False)
+        Switch | None,
+        Acts("build models in pieces under accelerator.init_context(), at stage 3; null is true there"),
     ] = None
     zero3_save_16bit_model: Annotated[Switch, Acts("gather whole 16-bit weights on saving, at stage 3")] = False
     deepspeed_moe_layer_cls_names: Annotated[
