@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -216,14 +215,14 @@ class Offloading:
     def _allocate(self) -> None:
         for store in self._stores():
             store.allocate()
-        if isinstance(self._parameter_store, SwapFile):
+        if self.wanted.parameter is Place.NVME:
             if self._comm.device.type == "cpu":
                 return_freed_memory()
             num_bytes, numel = self._largest_shard
             most = self._parameter.buffer_count * self._parameter.buffer_size // max(1, numel)
             num_slabs = max(2, min(self._parameter.buffer_count, most))
             self._parameter_staging = Staging(num_slabs, num_bytes, self._pins(self._parameter.pin_memory))
-        if isinstance(self._state_store, SwapFile):
+        if self.wanted.optimizer is Place.NVME:
             largest = max((p.states.window_bytes() for p in self._places if p.states is not None), default=0)
             num_slabs = max(3, self._optimizer.buffer_count)
             self._state_staging = Staging(num_slabs, largest, self._pins(self._optimizer.pin_memory))
@@ -234,10 +233,8 @@ class Offloading:
     def _check_room(self) -> None:
         """The files of all ranks on one filesystem of one host, together, against what is free there."""
         needs: dict[str, int] = {}
-        for store in self._stores():
-            if isinstance(store, SwapFile):
-                device = _filesystem(store.path.parent)
-                needs[device] = needs.get(device, 0) + store.num_bytes
+        for store, path in self._files():
+            needs[_filesystem(path)] = needs.get(_filesystem(path), 0) + store.num_bytes
         said = "\n".join(f"{num_bytes} {device}" for device, num_bytes in needs.items()).encode()
         total = dict.fromkeys(needs, 0)
         for answer in self._comm.exchange(CollectiveId("the room that files need", "", 0), said):
@@ -248,7 +245,7 @@ class Offloading:
         faults = []
         for path in self._directories:
             place = os.statvfs(path)
-            need, free = total.get(_filesystem(Path(path)), 0), place.f_bavail * place.f_frsize
+            need, free = total.get(_filesystem(path), 0), place.f_bavail * place.f_frsize
             if need > free:
                 faults.append(
                     f"nvme_path {path} has {free:,d} bytes free, and the files of all ranks on it need {need:,d}. Free "
@@ -323,12 +320,15 @@ class Offloading:
     @property
     def nvme_bytes(self) -> int:
         """Bytes of this rank's files."""
-        return sum(store.num_bytes for store in self._stores() if isinstance(store, SwapFile))
+        return sum(store.num_bytes for store, _ in self._files())
 
-    @property
-    def files(self) -> list[Path]:
-        """This rank's files."""
-        return [store.path for store in self._stores() if isinstance(store, SwapFile)]
+    def _files(self) -> list[tuple[Store, str]]:
+        """The stores that are files, and the paths that they were asked for."""
+        chosen = (
+            (self.wanted.parameter, self._parameter_store, self._parameter.nvme_path),
+            (self.wanted.optimizer, self._state_store, self._optimizer.nvme_path),
+        )
+        return [(store, path) for place, store, path in chosen if place is Place.NVME and store is not None and path]
 
     def close(self) -> None:
         """Give up the stores; their files go. Twice is fine."""
@@ -348,7 +348,7 @@ class Offloading:
         self._directories.clear()
 
 
-def _filesystem(path: Path) -> str:
+def _filesystem(path: str) -> str:
     """Equal for paths on one filesystem of one host."""
     return f"{os.uname().nodename} {os.stat(path).st_dev}"
 
