@@ -219,8 +219,7 @@ class _Save:
         if self._claims.take(self._place.claimed or directory):
             manifests.remove_leftovers(directory)
         own.mkdir(exist_ok=True)
-        named = _names_of(own)
-        manifests.remove_files(own, keep=named)
+        _remove_half_saves(own)
 
     # --- write, agree, commit
 
@@ -319,7 +318,7 @@ class _Save:
         manifests.write_manifest(own, self._manifest(files))
         if self._place.save_latest:
             manifests.write_latest(self._place.directory, self._place.tag)
-        manifests.remove_files(own, keep=_names_of(own))
+        manifests.remove_files(own, keep=[file["name"] for file in files])
         if self._place.keep_last is not None:
             rotate(self._place.directory, self._place.keep_last, self._place.tag)
 
@@ -371,12 +370,14 @@ def _explain(error: ShardwiseError | OSError) -> str:
     return str(error)
 
 
-def _names_of(directory: Path) -> list[str]:
-    """The files of the checkpoint that is complete in ``directory``; none if there is none."""
-    try:
-        return [file.name for file in manifests.read_manifest(directory).files]
-    except CheckpointError:
-        return []
+def _remove_half_saves(own: Path) -> None:
+    """Remove what saves that never ended have left in a tag's directory, where it is known what is not theirs."""
+    if not (own / manifests.MANIFEST).exists():
+        manifests.remove_files(own, keep=())
+        return
+    # A manifest that cannot be read now may be read later: its files stay until a new manifest has taken its place.
+    with contextlib.suppress(CheckpointError):
+        manifests.remove_files(own, keep=[file.name for file in manifests.read_manifest(own).files])
 
 
 def rotate(directory: Path, keep_last: int, newest: str) -> None:
