@@ -21,6 +21,7 @@ from shardwise.checkpoint import direct_file, shard_file
 from shardwise.checkpoint.direct_file import ALIGNMENT, Slab, aligned
 from shardwise.checkpoint.shard_file import Entry, FileImage, FileRecord, ShardFile, write_shard_file
 from shardwise.errors import CheckpointError
+from shardwise.zero.rest import InMemory
 
 BLOCK = 1 << 14
 Write = Callable[[Path, list[Entry]], FileRecord]
@@ -103,7 +104,7 @@ def test_odd_shapes_dtypes_parts_and_nothing(write: Write, tmp_path: Path) -> No
     entries = [Entry.of(name, value) for name, value in wanted.items() if name not in ("wide", "turned")]
     flat = wanted["wide"].reshape(-1)
     cuts = [0, 1, 1, 5000, 20011, flat.numel()]
-    parts = tuple(flat[begin:end] for begin, end in itertools.pairwise(cuts))
+    parts = tuple(InMemory(flat[begin:end]) for begin, end in itertools.pairwise(cuts))
     entries.append(Entry("wide", torch.float32, (3, 10007), parts))
     entries.append(Entry.of("turned", wanted["turned"].t().contiguous().t()))  # not contiguous
     check_file(tmp_path / "file", write(tmp_path / "file", entries), wanted)

@@ -146,7 +146,7 @@ def test_difference_from_deepspeed_is_told_where_the_key_is_not_given(home: Path
 
 
 def test_refused_and_idle_keys_are_rows_with_reasons_and_the_exit_code_is_2(home: Path, command: Command) -> None:
-    refused = '"amp": {"enabled": true}, "zero_optimization": {"offload_param": {"device": "cpu"},'
+    refused = '"amp": {"enabled": true}, "zero_optimization": {"zero_quantized_weights": true,'
     (home / "bad.json").write_text(JSON.replace('"zero_optimization": {', refused))
     code, out, _ = command("bad.json", "--json")
     assert code == 2
@@ -154,9 +154,9 @@ def test_refused_and_idle_keys_are_rows_with_reasons_and_the_exit_code_is_2(home
     found = {(row["block"], row["key"]): row for row in shown["settings"]}
     amp = found["DeepSpeed config, top level", "amp"]
     assert "does not exist here" in amp["refused"] and amp["place"] == "bad.json, line 6"
-    assert "not supported" in found["zero_optimization.offload_param", "device"]["refused"]
+    assert "not supported" in found["zero_optimization", "zero_quantized_weights"]["refused"]
     assert "no part of training asks for it" in found["DeepSpeed config, top level", "vocabulary_size"]["idle"]
-    assert "amp" in shown["faults"][0] and "zero_optimization.offload_param.device" in shown["faults"][0]
+    assert "amp" in shown["faults"][0] and "zero_optimization.zero_quantized_weights" in shown["faults"][0]
     assert command("ds.json")[0] == 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class OptimizerTraits:
     """Flat slices, cut anywhere, give the bits of whole parameters."""
     streamable: bool
     """Several ``step`` calls, each over a part of the parameters, give the bits of one call over all."""
-    states: tuple[tuple[str, torch.dtype], ...] = ()
+    states: tuple[tuple[str, torch.dtype], ...] = field(default=(), compare=False)
     """What it keeps for each element of a parameter, and in which dtype if the parameter is fp32: ``exp_avg``."""
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from shardwise.zero.offloaded_parameters import ShardPlace
-from shardwise.zero.shard_states import ShardStates
+if TYPE_CHECKING:  # what only asks for bytes by formula waits for no torch
+    from shardwise.zero.offloaded_parameters import ShardPlace
+    from shardwise.zero.shard_states import ShardStates
 
 
 class Place(Enum):
