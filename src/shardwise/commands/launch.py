@@ -63,12 +63,22 @@ def launch(
             rich_help_panel=_PROCESSES,
         ),
     ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            "--max_restarts",
+            metavar="NUMBER",
+            help="How often every rank starts anew when one has failed.",
+            rich_help_panel=_PROCESSES,
+        ),
+    ] = 0,
     **settings: Any,
 ) -> None:
     """Run SCRIPT in one process per GPU of this machine, or in a few CPU processes.
 
     What a flag says is stronger than the YAML; what the DeepSpeed JSON says concretely nobody may contradict.
-    A rank that fails ends the run: its error is shown and its exit code is the command's. Ctrl-C ends every rank.
+    A rank that fails ends the run: its error is shown and its exit code is the command's. With --max_restarts every
+    rank starts anew instead, and SCRIPT goes on from its checkpoint. Ctrl-C ends every rank.
     """
     from shardwise.launch.job import ProgramKind
     from shardwise.launch.wishes import Program
@@ -90,6 +100,7 @@ def launch(
         arguments=tuple(arguments or ()),
         kind=ProgramKind.MODULE if module else ProgramKind.COMMAND if no_python else ProgramKind.SCRIPT,
         num_threads=num_cpu_threads_per_process,
+        max_restarts=max_restarts,
         gpu_flag=gpu_flag,
     )
     raise typer.Exit(_launch(wanted, settings, _switches(use_deepspeed, gpu_flag), config_file, quiet, dry_run))

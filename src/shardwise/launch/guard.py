@@ -19,9 +19,14 @@ def main() -> None:
     sys.stdin.buffer.read()
     # Renamed first: a rank that starts only now finds no directory to sign in to, and leaves by itself.
     closed = run_directory.rename(run_directory.with_name(run_directory.name + ".closed"))
-    for entry in (closed / "ranks").iterdir():
-        end_group(int(entry.name), signed_in_as=entry.read_text())
+    end_groups(closed / "ranks")
     shutil.rmtree(closed, ignore_errors=True)
+
+
+def end_groups(signed_in: Path) -> None:
+    """Kills the process group of every rank that has signed in there."""
+    for entry in signed_in.iterdir():
+        end_group(int(entry.name), signed_in_as=entry.read_text())
 
 
 def end_group(leader: int, signed_in_as: str) -> None:

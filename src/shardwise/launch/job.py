@@ -54,6 +54,7 @@ class LaunchRequest:
     device: Device | None = None
     num_processes: int | None = None  # over all machines
     num_threads_per_process: int | None = None
+    max_restarts: int = 0  # how often all ranks are started anew when one has failed
     meeting: Meeting = Meeting()
     gpu_ids: tuple[str, ...] = ()  # empty: every one
     made_for_gpus: tuple[str, ...] = ()  # what the YAML says about GPUs, where it does not insist on them
@@ -76,6 +77,7 @@ class Job:
     num_processes: int  # over all machines
     num_threads_per_process: int
     threads_were_asked_for: bool  # else a thread count that the user's environment already has stays
+    max_restarts: int
     meeting: Meeting
     gpu_ids: tuple[str, ...]  # empty: every one
 
@@ -112,6 +114,8 @@ def resolve_job(request: LaunchRequest, machine: Machine) -> Job:
     num_threads = request.num_threads_per_process
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"--num_cpu_threads_per_process is {num_threads}, and a process needs at least 1.")
+    if request.max_restarts < 0:
+        raise ConfigError(f"--max_restarts is {request.max_restarts}. Give 0, or how often a run may start anew.")
     return Job(
         program=request.program,
         arguments=request.arguments,
@@ -121,6 +125,7 @@ def resolve_job(request: LaunchRequest, machine: Machine) -> Job:
         num_threads_per_process=num_threads
         or max(1, machine.num_cores * request.meeting.num_machines // num_processes),
         threads_were_asked_for=num_threads is not None,
+        max_restarts=request.max_restarts,
         meeting=request.meeting,
         gpu_ids=gpu_ids,
     )

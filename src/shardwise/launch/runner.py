@@ -16,16 +16,18 @@ from typing import Any
 
 from rich.console import Console
 from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.launcher.api import LaunchConfig, launch_agent
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from shardwise.errors import StateError
 from shardwise.launch import bootstrap, guard
+from shardwise.launch.agent import Agent, Failures
 from shardwise.launch.environment import exported, rank_environment
 from shardwise.launch.failure import print_failures, read_failures
-from shardwise.launch.job import Job
+from shardwise.launch.job import Job, Meeting
 
 # What a rank may take after Ctrl-C to run its `finally` blocks. One that waits in a collective cannot hear the signal.
 GRACE_SECONDS = 10
@@ -47,10 +49,13 @@ def run(job: Job, asked: str, console: Console) -> int:
         exported(rank_environment(job, os.environ, directory / ASKED_FILE)),
     ):
         try:
-            launch_agent(_launch_config(job, directory), sys.executable, [bootstrap.__file__, str(directory)])
+            _run_agent(job, directory, console)
         except ChildFailedError as error:
             failures = read_failures(error.failures)
             print_failures(failures, job.num_processes, console)
+            if job.max_restarts:
+                console.print(f"Every rank was started anew {job.max_restarts} time(s), and may not be once more "
+                              f"(--max_restarts {job.max_restarts}).", style="red")  # fmt: skip
             return failures[0].status
         except SignalException as ended:
             received = signal.Signals(ended.sigval)
@@ -71,9 +76,49 @@ def _first_line(error: Exception) -> str:
     return line if line.endswith(".") else line + "."
 
 
-def _launch_config(job: Job, directory: Path) -> LaunchConfig:
+def _run_agent(job: Job, directory: Path, console: Console) -> None:
+    """Runs the ranks of this machine to their end; ChildFailedError where that is a bad one."""
     meeting = job.meeting
-    endpoint = f"{meeting.address}:{meeting.port}"
+    rendezvous = _rendezvous(meeting)
+
+    def restarting(failures: Failures, restarts_before: int) -> None:
+        if failures:
+            print_failures(read_failures(failures), job.num_processes, console)
+        why = "" if failures else "Ranks of another machine have failed. "
+        console.print(f"{why}Every rank starts anew ({restarts_before + 1} of {job.max_restarts}).", style="yellow")
+
+    agent = Agent(
+        WorkerSpec(
+            role="rank",
+            local_world_size=job.num_local_processes,
+            rdzv_handler=rendezvous,
+            entrypoint=sys.executable,
+            args=(bootstrap.__file__, str(directory)),
+            max_restarts=job.max_restarts,
+            # Where ranks meet; under c10d the agents find a place themselves.
+            master_addr=meeting.address if meeting.backend == "static" else None,
+            master_port=meeting.port if meeting.backend == "static" else None,
+            # Else the machine's own name is looked up, which needs a name service.
+            local_addr=meeting.address if meeting.machine_rank == 0 else None,
+        ),
+        DefaultLogsSpecs(log_dir=str(directory / "errors")),
+        GRACE_SECONDS,
+        restarting,
+        end_leftovers=lambda: guard.end_groups(directory / "ranks"),
+    )
+    try:
+        failures = agent.run().failures
+    except SignalException:
+        raise  # without closing the rendezvous: the other machines go on as they can
+    except BaseException:
+        rendezvous.shutdown()
+        raise
+    rendezvous.shutdown()
+    if failures:
+        raise ChildFailedError(job.program, failures)
+
+
+def _rendezvous(meeting: Meeting) -> RendezvousHandler:
     alone = meeting.num_machines == 1
     configs: dict[str, Any] = {}
     if meeting.backend == "static":
@@ -84,20 +129,16 @@ def _launch_config(job: Job, directory: Path) -> LaunchConfig:
             "join_timeout": MEETING_SECONDS,
             "read_timeout": MEETING_SECONDS,  # the others' first look for machine 0 falls under it
         }
-    return LaunchConfig(
-        min_nodes=meeting.num_machines,
-        max_nodes=meeting.num_machines,
-        nproc_per_node=job.num_local_processes,
-        run_id=uuid.uuid4().hex if alone else "shardwise",  # machines that meet must agree on it
-        role="rank",
-        rdzv_backend=meeting.backend,
-        rdzv_endpoint=endpoint,
-        rdzv_configs=configs,
-        # Else the machine's own name is looked up, which needs a name service.
-        local_addr=meeting.address if meeting.machine_rank == 0 else None,
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=str(directory / "errors")),
-        shutdown_timeout=GRACE_SECONDS,
+    return get_rendezvous_handler(
+        RendezvousParameters(
+            backend=meeting.backend,
+            endpoint=f"{meeting.address}:{meeting.port}",
+            run_id=uuid.uuid4().hex if alone else "shardwise",  # machines that meet must agree on it
+            min_nodes=meeting.num_machines,
+            max_nodes=meeting.num_machines,
+            local_addr=meeting.address if meeting.machine_rank == 0 else None,
+            **configs,
+        )
     )
 
 

@@ -27,6 +27,7 @@ class Program:
     arguments: tuple[str, ...] = ()
     kind: ProgramKind = ProgramKind.SCRIPT
     num_threads: int | None = None
+    max_restarts: int = 0
     gpu_flag: str | None = None  # the flag that insists on GPUs, if one was given
 
 
@@ -48,6 +49,7 @@ def request_from(resolved: Resolved, program: Program) -> LaunchRequest:
         device=_device(values, gpu_flag),
         num_processes=1 if alone else values["num_processes"].value,
         num_threads_per_process=program.num_threads,
+        max_restarts=program.max_restarts,
         meeting=_meeting(values),
         gpu_ids=_ids(values["gpu_ids"]),
         made_for_gpus=tuple(_made_for_gpus(values)),
