@@ -32,7 +32,7 @@ def test_each_failure_is_shown_and_nothing_is_left(tmp_path: Path) -> None:
         "Every rank starts anew (2 of 2).",
         "rank 1 of 2 failed (exit code 1)",
         "RuntimeError: attempt 2 has had enough",
-        "Every rank was started anew 2 time(s), and may not be once more (--max_restarts 2).",
+        "Every rank was started anew 2 time(s): --max_restarts allows no more.",
     ], done.stderr
     left = {path.name: json.loads(path.read_text()) for path in out.glob("*.left")}
     assert left == {f"{attempt}.{rank}.left": [] for attempt in (1, 2) for rank in (0, 1)}

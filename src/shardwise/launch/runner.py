@@ -54,8 +54,8 @@ def run(job: Job, asked: str, console: Console) -> int:
             failures = read_failures(error.failures)
             print_failures(failures, job.num_processes, console)
             if job.max_restarts:
-                console.print(f"Every rank was started anew {job.max_restarts} time(s), and may not be once more "
-                              f"(--max_restarts {job.max_restarts}).", style="red")  # fmt: skip
+                told = f"Every rank was started anew {job.max_restarts} time(s): --max_restarts allows no more."
+                console.print(told, style="red", soft_wrap=True)
             return failures[0].status
         except SignalException as ended:
             received = signal.Signals(ended.sigval)
