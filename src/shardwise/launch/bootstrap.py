@@ -104,7 +104,12 @@ def write_error_file(summary: str, stack: str, environ: Mapping[str, str], time_
     More than the agent asks for are the rank, and the time to more than its whole second.
     """
     path = environ["TORCHELASTIC_ERROR_FILE"]
-    details = {"rank": environ["RANK"], "py_callstack": stack, "timestamp": str(int(time_seconds)), "time": time_seconds}
+    details = {
+        "rank": environ["RANK"],
+        "py_callstack": stack,
+        "timestamp": str(int(time_seconds)),
+        "time": time_seconds,
+    }
     # Renamed into place: the agent may read while this rank is being ended.
     with open(path + ".part", "w") as file:
         json.dump({"message": {"message": summary, "extraInfo": details}}, file)

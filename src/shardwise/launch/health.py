@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from shardwise.launch.gathering import beat_key, ended_key, host_of, report_key
 from shardwise.launch.job import Job
@@ -263,7 +263,9 @@ class Others:
         self._lost.add(rank)
         self._regroup = True
         why = report.words or "it was asked to end."
-        self._note(f"machine {rank} ({self._hosts[rank]}) is lost: {why} {left} of {self._num_machines} machines go on.")
+        self._note(
+            f"machine {rank} ({self._hosts[rank]}) is lost: {why} {left} of {self._num_machines} machines go on."
+        )
         return True
 
 

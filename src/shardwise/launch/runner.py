@@ -96,9 +96,7 @@ def _run_alone(job: Job, directory: Path, console: Console) -> int:
     return 0
 
 
-def _run_together(
-    job: Job, facts: Mapping[str, Any], directory: Path, console: Console, member: Member
-) -> int:
+def _run_together(job: Job, facts: Mapping[str, Any], directory: Path, console: Console, member: Member) -> int:
     meeting = job.meeting
     store = come_together(meeting, member.host, facts, member.patience_seconds or MEETING_SECONDS)
     ranks = LocalRanks(directory / "ranks", job.faults.timeout_seconds)

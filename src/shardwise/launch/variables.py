@@ -47,8 +47,8 @@ def users_variables(environ: Mapping[str, str], directory: Path) -> tuple[dict[s
     is the stronger. It is only read here. Raises ConfigError with every line that is no `NAME=value`.
     """
     named = environ.get("DS_ENV_FILE")
-    home = environ.get("HOME")
-    places = [Path(named)] if named else [Path(home) / USERS_FILE] * bool(home) + [directory / USERS_FILE]
+    homes = [Path(environ["HOME"])] if environ.get("HOME") else []
+    places = [Path(named)] if named else [place / USERS_FILE for place in (*homes, directory)]
     found = tuple(dict.fromkeys(place for place in places if place.is_file()))
     if named and not found:
         raise ConfigError(f"DS_ENV_FILE is {named}, and there is no such file. Mend it, or unset it.")
