@@ -4,6 +4,7 @@ The store is torch's TCPStore at the address and port of the meeting; torch's re
 """
 
 import json
+import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -16,7 +17,8 @@ from shardwise.errors import ConfigError, StateError
 from shardwise.launch.facts import differences
 from shardwise.launch.job import Meeting
 
-_ATTEMPT_SECONDS = 2  # of a connection: between two of them Ctrl-C is heard
+_ATTEMPT_SECONDS = 2  # to connect
+_ANSWER_SECONDS = 30  # of a store that listens
 _LOOK_AGAIN_SECONDS = 0.05
 _FEW = 8  # names in a message
 
@@ -108,23 +110,26 @@ def _misfit(store: Store, rank: int) -> str:
 
 
 def _connect(meeting: Meeting, deadline: float) -> Store:
+    """The store: machine 0 serves it, the others wait for that, in attempts between which Ctrl-C is heard."""
+    serves = meeting.machine_rank == 0
     problem = ""
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
             raise _not_met(meeting, problem)
-        attempt = timedelta(seconds=min(_ATTEMPT_SECONDS, left))
         try:
+            if not serves:  # torch's own waiting is loud, and deaf
+                socket.create_connection((meeting.address, meeting.port), min(_ATTEMPT_SECONDS, left)).close()
             store = TCPStore(
                 meeting.address,
                 meeting.port,
-                is_master=meeting.machine_rank == 0,
-                timeout=attempt,
+                is_master=serves,
+                timeout=timedelta(seconds=_ANSWER_SECONDS),
                 wait_for_workers=False,
                 multi_tenant=True,  # torch's rendezvous in this process finds the same server
             )
             return PrefixStore("shardwise.launch", store)
-        except RuntimeError as error:  # of torch's store
+        except (OSError, RuntimeError) as error:  # of the network, and of torch's store
             problem = _first_line(error)
             time.sleep(_LOOK_AGAIN_SECONDS)
 

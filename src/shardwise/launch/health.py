@@ -25,7 +25,7 @@ from shardwise.launch.verdict import Ending, Verdict, first_of
 TICK_SECONDS = 0.5
 # A rank's error makes others fail, and their machines report within what an agent grants its ranks to end.
 SETTLE_SECONDS = 12.0
-_FAREWELL_SECONDS = 10.0  # for the verdict to be heard everywhere and shown at machine 0
+_FAREWELL_SECONDS = 10.0  # for the verdict to be heard everywhere, and be shown at machine 0
 _STUCK_SECONDS = 20.0  # for an agent to end after a verdict; then its process is ended around it
 _VERDICT, _REGROUP = "verdict", "regroup"
 
@@ -86,6 +86,8 @@ class Health:
         if self._decided.is_set():
             self._over.wait(_FAREWELL_SECONDS)
         self._over.set()
+        for thread in self._threads:
+            thread.join(_FAREWELL_SECONDS)  # no longer: one may wait for an answer that never comes
 
     # --- in threads of their own --------------------------------------------------------------------------------------
 

@@ -53,9 +53,9 @@ class LocalRanks:
         self._since.clear()
 
     def _running(self) -> Iterator[psutil.Process]:
-        for entry in self._signed_in.iterdir():
+        for name in os.listdir(self._signed_in):
             with suppress(psutil.Error):
-                process = psutil.Process(int(entry.name))
+                process = psutil.Process(int(name))
                 if process.ppid() == os.getpid():  # else the number has gone to another process
                     yield process
 

@@ -1,7 +1,7 @@
 """The first code of a machine that a launcher has started: takes its place in the run, then becomes its agent.
 
 Run by path (`python node.py PLACE CAPSULE`) and from the standard library alone: what it sets, such as PYTHONPATH,
-must hold before the package is loaded. PLACE is the machine's rank, or the name of a variable that holds its name.
+must hold before the package is loaded. PLACE is the machine's rank, or names a variable that holds its rank or name.
 """
 
 import json
@@ -32,13 +32,15 @@ def main() -> None:
 
 
 def rank_of(place: str, names: list[str]) -> int:
-    """This machine's rank, from its number or from the variable that holds its name."""
+    """This machine's rank, from the number or the variable that is its place."""
     if place.isdecimal():
         return int(place)
-    name = os.environ.get(place, "")
-    if name not in names:
-        sys.exit(f"error: {place} is {name!r} on this machine, expected one of {', '.join(names)}.")
-    return names.index(name)
+    said = os.environ.get(place, "")
+    if said in names:
+        return names.index(said)
+    if said.isdecimal() and int(said) < len(names):
+        return int(said)
+    sys.exit(f"error: {place} is {said!r} on this machine, expected a rank or one of {', '.join(names)}.")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from shardwise.launch.starters import Start
 
 _LOOK_SECONDS = 0.1
 # After one machine's end the others have this long: they know the cause by then, and end with it on the screen.
-FAREWELL_SECONDS = 60.0
+FAREWELL_SECONDS = 30.0
 _GRACE_SECONDS = 15.0  # to end when asked to
 _CANNOT_CONNECT = 255  # ssh's own exit status
 
@@ -90,9 +90,9 @@ def _wait(running: list[tuple[subprocess.Popen[bytes], Start]], console: Console
             code = process.returncode if process.returncode >= 0 else 128 - process.returncode
             if code and not status:
                 status, deadline = code, time.monotonic() + FAREWELL_SECONDS
-            if code == _CANNOT_CONNECT:
-                names = ", ".join(start.hosts)
-                console.print(f"{start.vector[0]} ended without an answer from {names}.", markup=False, soft_wrap=True)
+            if code == _CANNOT_CONNECT and len(start.hosts) == 1:
+                words = f"{start.vector[0]} has lost {start.hosts[0]}, or never reached it."
+                console.print(words, markup=False, highlight=False, soft_wrap=True)
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         time.sleep(_LOOK_SECONDS)
     _end([process for process, _ in waiting])

@@ -8,7 +8,7 @@ The others take a vector and hand on a vector.
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shardwise.errors import ConfigError
@@ -61,8 +61,8 @@ class Starter:
         if longest > MOST_BYTES_AN_ARGUMENT or whole > MOST_BYTES:
             raise ConfigError(
                 f"the command line for {self.binary} would have {whole} bytes, {longest} of them in one argument: more "
-                "than the system takes. Put long arguments of the script into a file, or choose the launcher ssh, pdsh "
-                "or slurm, whose lines do not grow with the machines."
+                "than the system takes. Put long arguments of the script into a file, or choose another launcher "
+                "than openmpi, whose line grows fastest with the machines."
             )
         return starts
 
@@ -107,28 +107,22 @@ def _openmpi(binary: str, capsule: Capsule, more: tuple[str, ...], packed: str) 
 
     Open MPI puts the machine that it runs on first whatever the list says, so each machine is a program of its own.
     """
-    options = ("--bind-to", "none", "--tag-output", *more)
-    parts = (("-np", "1", "--host", f"{name}:1") for name in _names(capsule.hosts))
-    return _mpi(binary, options, parts, capsule, packed)
+    vector = [binary, "--bind-to", "none", "--tag-output", *more]
+    names = _names(capsule.hosts)
+    for rank, name in enumerate(names):
+        vector += [":"] * (rank > 0) + ["-np", "1", "--host", f"{name}:1", *remote(str(rank), packed)]
+    return (Start(tuple(vector), names),)
 
 
 def _hydra(*own: str) -> Build:
     """One mpiexec of the process manager that MPICH, MVAPICH and Intel MPI share, one process a machine."""
 
     def build(binary: str, capsule: Capsule, more: tuple[str, ...], packed: str) -> tuple[Start, ...]:
-        parts = (("-n", "1", "-host", name) for name in _names(capsule.hosts))
-        return _mpi(binary, (*own, *more), parts, capsule, packed)
+        names = _names(capsule.hosts)
+        options = (*own, *more, "-hosts", ",".join(names), "-ppn", "1", "-n", str(len(names)))
+        return (Start((binary, *options, *remote("PMI_RANK", packed)), names),)
 
     return build
-
-
-def _mpi(
-    binary: str, options: tuple[str, ...], parts: Iterable[tuple[str, ...]], capsule: Capsule, packed: str
-) -> tuple[Start, ...]:
-    vector = [binary, *options]
-    for rank, part in enumerate(parts):
-        vector += [":"] * (rank > 0) + [*part, *remote(str(rank), packed)]
-    return (Start(tuple(vector), _names(capsule.hosts)),)
 
 
 def _slurm(binary: str, capsule: Capsule, more: tuple[str, ...], packed: str) -> tuple[Start, ...]:
