@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.front import slurm
 from tests.front.command import FIXTURES, SHARDWISE, shardwise
 from tests.front.network import Network, missing, two_machines
 
@@ -73,6 +74,35 @@ def test_two_machines_of_two_ranks_have_the_losses_of_one_machine(
     assert out.read_text() == losses_of_one_machine
     assert [json.loads(line)["world"] for line in out.read_text().splitlines()] == [4] * 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts", out.name]
+    assert_nothing_is_left(network)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())
+def test_slurm_starts_it_in_an_allocation_and_by_the_script_for_sbatch(
+    network: Network, losses_of_one_machine: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "slurm"
+    directory.mkdir()
+    with slurm.slurm_on(network, directory) as variables:
+        environment = network.environment() | variables
+        launch = [*SHARDWISE, "launch", *ONE_THREAD, "--num_processes", "4"]
+        first, second = tmp_path / "first $(x)", tmp_path / "second $(x)"
+
+        def on_alpha(*command: str) -> None:
+            done = subprocess.run(
+                network.command("alpha", *command), env=environment, cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr + "".join(path.read_text() for path in tmp_path.glob("*.out"))
+
+        srun = ["--deepspeed_multinode_launcher", "slurm", SCRIPT, str(first), "--transport", "process_group"]
+        on_alpha("salloc", "--nodes=2", *launch, *srun)
+        script = tmp_path / "script"
+        written = ["--num_machines", "2", "--slurm-script", str(script)]
+        on_alpha(*launch, *written, SCRIPT, str(second), "--transport", "process_group")
+        script.write_text(script.read_text().replace("#SBATCH --mem=0\n", ""))  # the nodes have said nothing of theirs
+        on_alpha("sbatch", "--wait", str(script))
+    assert first.read_text() == second.read_text() == losses_of_one_machine
     assert_nothing_is_left(network)
 
 
