@@ -174,7 +174,10 @@ def test_restarts_need_machines_that_can_meet_again(hostfile: str, tmp_path: Pat
 
 
 def test_fewer_machines_need_a_restart(hostfile: str) -> None:
-    assert request({"hostfile": hostfile}, max_restarts=1, min_machines=1).meeting.min_machines == 1
+    by_ssh = {"hostfile": hostfile, "multinode_launcher": "ssh"}
+    assert request(by_ssh, max_restarts=1, min_machines=1).meeting.min_machines == 1
+    with pytest.raises(ConfigError, match="pdsh does not let a run go on when it loses one"):
+        request({"hostfile": hostfile}, max_restarts=1, min_machines=1)
     assert request({"hostfile": hostfile}, max_restarts=1, min_machines=2).meeting.min_machines is None
     with pytest.raises(ConfigError, match="Give --max_restarts"):
         request({"hostfile": hostfile}, min_machines=1)

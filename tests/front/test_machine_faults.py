@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -149,7 +150,7 @@ def test_a_killed_rank_is_restarted_from_the_checkpoint_bit_for_bit(network: Net
     run = Run(network, tmp_path, "alpha", "--max_restarts=1", f"script:--harm kill:3:2 --checkpoints {checkpoints}")
     screen = run.end()
     assert run.process.returncode == 0, screen
-    assert "rank 3 of 4 on beta failed (killed by SIGKILL)" in screen
+    assert re.search(r"rank 3 of 4 on (alpha|beta) failed \(killed by SIGKILL\)", screen)  # torch orders machines
     assert "Every rank starts anew (1 of 1)" in screen
     assert run.steps == expected
     assert_nothing_is_left(network)

@@ -78,6 +78,27 @@ def test_two_machines_of_two_ranks_have_the_losses_of_one_machine(
 
 
 @pytest.mark.slow
+def test_nossh_finds_each_machine_in_the_hostfile(network: Network, losses_of_one_machine: str, tmp_path: Path) -> None:
+    hostfile, out = tmp_path / "hosts", tmp_path / "losses"
+    hostfile.write_text("alpha slots=2\nbeta slots=2\n")
+    options = ["--deepspeed_hostfile", str(hostfile), "--deepspeed_multinode_launcher", "nossh"]
+    machines = [
+        subprocess.Popen(
+            network.command(host, *SHARDWISE, "launch", *ONE_THREAD, *options, SCRIPT, str(out)),
+            env=network.environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in ("beta", "alpha")
+    ]
+    screens = [machine.communicate()[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], screens
+    assert out.read_text() == losses_of_one_machine
+    assert_nothing_is_left(network)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())
 def test_slurm_starts_it_in_an_allocation_and_by_the_script_for_sbatch(
     network: Network, losses_of_one_machine: str, tmp_path: Path

@@ -58,7 +58,8 @@ def launch_elsewhere(
 
     if len(fleet.hosts) > 1:
         check_address(request.meeting.address)
-    return start(starts, Console(stderr=True))
+    fewest = request.meeting.min_machines or len(fleet.hosts)
+    return start(starts, Console(stderr=True), num_spare=len(fleet.hosts) - fewest)
 
 
 def _print_starts(fleet: Fleet, capsule: Capsule, starts: tuple[Start, ...]) -> None:

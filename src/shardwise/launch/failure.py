@@ -98,7 +98,7 @@ def print_failures(failures: list[RankFailure], num_processes: int, console: Con
         _print_plain(console, first.stack)
     else:
         _print_plain(console, first.summary or _NO_WORD)
-        if first.signal is signal.SIGKILL:
+        if first.signal is signal.SIGKILL and not first.summary:
             _print_plain(console, "The kernel kills a process in this way when memory runs out.")
         if explained is not None:
             _print_plain(

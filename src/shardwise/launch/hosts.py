@@ -12,6 +12,8 @@ from shardwise.launch.hostfile import Host, excluded, included, parse_hostfile
 
 BY_HAND, ON_EACH = "standard", "nossh"  # the launchers that start nothing on another machine
 FIRST_CHOICE = "pdsh"  # where a hostfile is given and no launcher
+# The others end all machines when one is lost, or tell no more than the worst of their ends.
+GO_ON_WITH_FEWER = (BY_HAND, ON_EACH, "ssh")
 DEFAULT_PORT = 29500  # as torchrun's
 _IN_ALLOCATION = "slurm"
 _FILTERS = ("deepspeed_inclusion_filter", "deepspeed_exclusion_filter")

@@ -28,8 +28,10 @@ class _Asked(BaseException):
         self.number = number
 
 
-def start(starts: Sequence[Start], console: Console) -> int:
+def start(starts: Sequence[Start], console: Console, num_spare: int = 0) -> int:
     """Runs all of `starts` to their end; returns the exit status of the first that failed, or 0.
+
+    So many of them as `num_spare` says may fail but the first, which is machine 0's and knows how the run has ended.
 
     Each is the leader of a process group of its own that a guard ends with this process, however that ends. The
     machines notice by themselves that what started them is gone.
@@ -41,7 +43,7 @@ def start(starts: Sequence[Start], console: Console) -> int:
         try:
             for each in starts:
                 running.append((_process(each, directory / "ranks"), each))
-            return _wait(running, console)
+            return _wait(running, console, num_spare)
         except _Asked as asked:
             console.print(
                 f"Ended by {signal.Signals(asked.number).name}; every machine ends its ranks.", style="yellow"
@@ -80,20 +82,23 @@ def _process(start: Start, signed_in: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def _wait(running: list[tuple[subprocess.Popen[bytes], Start]], console: Console) -> int:
+def _wait(running: list[tuple[subprocess.Popen[bytes], Start]], console: Console, num_spare: int) -> int:
     status, deadline = 0, float("inf")
     waiting = list(running)
+    first, _ = running[0]
     while waiting and time.monotonic() < deadline:
         ended = [(process, start) for process, start in waiting if process.poll() is not None]
         for process, start in ended:
             waiting.remove((process, start))
             code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-            if code and not status:
-                status, deadline = code, time.monotonic() + FAREWELL_SECONDS
             if code == _CANNOT_CONNECT and len(start.hosts) == 1:
                 words = f"{start.vector[0]} has lost {start.hosts[0]}, or never reached it."
                 console.print(words, markup=False, highlight=False, soft_wrap=True)
-                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+            if code and num_spare and process is not first:
+                num_spare -= 1
+            elif code and not status:
+                patience = _GRACE_SECONDS if code == _CANNOT_CONNECT else FAREWELL_SECONDS
+                status, deadline = code, time.monotonic() + patience
         time.sleep(_LOOK_SECONDS)
     _end([process for process, _ in waiting])
     return status

@@ -10,7 +10,7 @@ from shardwise.config.run.resolved import Resolved
 from shardwise.config.run.said import Origin, Said
 from shardwise.config.run.schema import PluginConfig, RunConfig
 from shardwise.errors import ConfigError
-from shardwise.launch.hosts import DEFAULT_PORT, Fleet, first_address, idle_lists
+from shardwise.launch.hosts import DEFAULT_PORT, GO_ON_WITH_FEWER, Fleet, first_address, idle_lists
 from shardwise.launch.job import Device, FaultPolicy, LaunchRequest, Meeting, ProgramKind
 
 
@@ -131,6 +131,11 @@ def _machine_faults(values: Mapping[str, Said], program: Program, fleet: Fleet |
         yield f"--nnodes allows {fewest} machines, but a run goes on with fewer by a restart. Give --max_restarts, too."
     if count == 1:
         return
+    if fewest is not None and fewest < count and fleet is not None and fleet.launcher not in GO_ON_WITH_FEWER:
+        yield (
+            f"--nnodes allows {fewest} machines, but {fleet.launcher} does not let a run go on when it loses one. "
+            f"Choose --deepspeed_multinode_launcher {GO_ON_WITH_FEWER[-1]}."
+        )
     if _changes(program) and backend.origin is Origin.FLAG and backend.value == "static":
         yield (
             f"rdzv_backend is {backend}, by which machines meet only once, but --max_restarts was given. "
