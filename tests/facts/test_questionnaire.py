@@ -245,7 +245,7 @@ def test_a_hostfile_is_asked_for_where_the_launcher_needs_one(launcher: str, is_
     by_key = {question.key: question for question in LAPTOP}
     assert fault_of(by_key["deepspeed_multinode_launcher"], launcher, answers) is None
     answers["deepspeed_multinode_launcher"] = launcher
-    assert all(when.holds(answers) for when in by_key["deepspeed_hostfile"].when) is is_asked
+    assert all(when.holds(answers) for when in by_key["deepspeed_hostfile"].asked_when) is is_asked
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

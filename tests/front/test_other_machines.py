@@ -78,6 +78,24 @@ def test_two_machines_of_two_ranks_have_the_losses_of_one_machine(
 
 
 @pytest.mark.slow
+def test_packets_that_get_lost_cost_time_and_no_bits(
+    network: Network, losses_of_one_machine: str, tmp_path: Path
+) -> None:
+    queue = ["ip", "netns", "exec", network.namespace("beta"), "tc", "qdisc"]
+    tried = subprocess.run(
+        [*queue, *["add", "dev", "eth0", "root", "netem", "loss", "5%"]], capture_output=True, text=True
+    )
+    if tried.returncode:
+        pytest.skip(f"this kernel loses no packets on purpose: {tried.stderr.strip()}")
+    try:
+        test_two_machines_of_two_ranks_have_the_losses_of_one_machine(
+            network, losses_of_one_machine, tmp_path, "ssh", "alpha", ["--launcher_args", "-F {ssh_config}"]
+        )
+    finally:
+        subprocess.run([*queue, "delete", "dev", "eth0", "root"], check=True)
+
+
+@pytest.mark.slow
 def test_nossh_finds_each_machine_in_the_hostfile(network: Network, losses_of_one_machine: str, tmp_path: Path) -> None:
     hostfile, out = tmp_path / "hosts", tmp_path / "losses"
     hostfile.write_text("alpha slots=2\nbeta slots=2\n")

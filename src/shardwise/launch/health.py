@@ -222,7 +222,11 @@ class Others:
             if rank not in reports:
                 how = f"nothing was heard of it for {self._timeout_seconds:g} s (--health_timeout)"
                 reports[rank] = _lost(rank, self._hosts[rank], how)
-        return next((report for rank, report in reports.items() if not self._goes_on_without(rank, report)), None)
+        for rank, report in reports.items():
+            if not self._goes_on_without(rank, report):
+                self._lost.update(silent)  # nobody waits for what they say to it
+                return report
+        return None
 
     def regrouped(self) -> bool:
         """Whether a machine has been lost since the last question, and the run goes on."""
