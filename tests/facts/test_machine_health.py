@@ -231,6 +231,11 @@ def test_every_machine_says_what_keeps_one_from_its_part() -> None:
     }
 
 
+def test_a_machine_0_that_cannot_do_its_part_is_named_by_all() -> None:
+    told = {0: {"error": "No GPU."}, 1: {"torch": "2.11"}, 2: {"torch": "2.12"}}
+    assert {str(problem) for problem in gather(3, told).values()} == {"Machine 0 (host0): No GPU."}
+
+
 def test_those_that_do_not_come_are_named() -> None:
     problem = gather(3, {0: {"torch": "2.11"}}, patience=0.5)[0]
     assert "has not met the others at 127.0.0.1" in str(problem) and "machine 1, machine 2 did not come." in str(

@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -95,21 +94,12 @@ class Outcome:
 
 def leave_error(summary: str, stack: str) -> None:
     """Leaves this rank's error for the launcher."""
-    write_error_file(summary, stack, os.environ, time.time())
+    write_error_file(summary, stack, os.environ["TORCHELASTIC_ERROR_FILE"], time.time())
 
 
-def write_error_file(summary: str, stack: str, environ: Mapping[str, str], time_seconds: float) -> None:
-    """Writes the error file of the rank that has `environ`, as torch's elastic agent reads it.
-
-    More than the agent asks for are the rank, and the time to more than its whole second.
-    """
-    path = environ["TORCHELASTIC_ERROR_FILE"]
-    details = {
-        "rank": environ["RANK"],
-        "py_callstack": stack,
-        "timestamp": str(int(time_seconds)),
-        "time": time_seconds,
-    }
+def write_error_file(summary: str, stack: str, path: str, time_seconds: float) -> None:
+    """Writes an error file of torch's elastic agent, with the time to more than its whole second."""
+    details = {"py_callstack": stack, "timestamp": str(int(time_seconds)), "time": time_seconds}
     # Renamed into place: the agent may read while this rank is being ended.
     with open(path + ".part", "w") as file:
         json.dump({"message": {"message": summary, "extraInfo": details}}, file)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from shardwise.errors import ConfigError, StateError
@@ -20,7 +20,9 @@ from shardwise.launch.job import Meeting
 _ATTEMPT_SECONDS = 2  # to connect
 _ANSWER_SECONDS = 30  # of a store that listens
 _LOOK_AGAIN_SECONDS = 0.05
+_HEARD_SECONDS = 5  # for the others to hear why nothing starts
 _FEW = 8  # names in a message
+_TOGETHER = "together"
 
 
 class Misfit(ConfigError):
@@ -39,6 +41,17 @@ def come_together(meeting: Meeting, host: str, facts: Mapping[str, Any], patienc
     """
     deadline = time.monotonic() + patience_seconds
     store = _connect(meeting, deadline)
+    try:
+        faults = _compare(store, meeting, host, facts, deadline)
+    except DistError:  # of torch's store
+        raise _not_met(meeting, "machine 0 has ended.") from None
+    if faults:
+        raise Misfit(faults)
+    return store
+
+
+def _compare(store: Store, meeting: Meeting, host: str, facts: Mapping[str, Any], deadline: float) -> str:
+    """What is wrong, in words; nothing where the machines fit."""
     rank = meeting.machine_rank
     for key in (report_key(rank), ended_key(rank)):  # of one that had this place before
         store.delete_key(key)
@@ -46,26 +59,26 @@ def come_together(meeting: Meeting, host: str, facts: Mapping[str, Any], patienc
     store.set(_facts_key(rank), json.dumps({"host": host, "facts": dict(facts)}))
     whole = meeting.min_machines is None
     if rank != 0:
-        _wait(meeting, deadline, lambda: store.check(["together" if whole else _facts_key(0)]))
-        faults = store.get("together").decode() if whole else _misfit(store, rank)
-    else:
-        others = range(1, meeting.num_machines) if whole else ()
-        keys = {_facts_key(other): other for other in others}
-        missing = dict(keys)
+        _wait(meeting, deadline, lambda: store.check([_TOGETHER if whole else _facts_key(0)]))
+        faults = store.get(_TOGETHER).decode() if whole else _misfit(store, rank)
+        store.set(_heard_key(rank), "")
+        return faults
+    others = range(1, meeting.num_machines) if whole else range(0)
+    missing = {_facts_key(other): other for other in others}
 
-        def all_here() -> bool:
-            for key in [key for key in missing if store.check([key])]:
-                del missing[key]
-            return not missing
+    def all_here() -> bool:
+        for key in [key for key in missing if store.check([key])]:
+            del missing[key]
+        return not missing
 
-        _wait(meeting, deadline, all_here, missing)
-        own = facts.get("error")
-        misfits = [f"Machine 0 ({host}): {own}"] if own else [_misfit(store, other) for other in others]
-        faults = "\n".join(filter(None, misfits))
-        store.set("together", faults)
-    if faults:
-        raise Misfit(faults)
-    return store
+    _wait(meeting, deadline, all_here, missing)
+    faults = "\n".join(dict.fromkeys(filter(None, (_misfit(store, other) for other in (0, *others)))))
+    store.set(_TOGETHER, faults)
+    if faults:  # the store ends with this machine
+        until = time.monotonic() + _HEARD_SECONDS
+        while time.monotonic() < until and not all(store.check([_heard_key(other)]) for other in others):
+            time.sleep(_LOOK_AGAIN_SECONDS)
+    return faults
 
 
 def beat_key(rank: int) -> str:
@@ -90,6 +103,10 @@ def host_of(store: Store, rank: int) -> str | None:
     return str(json.loads(store.get(_facts_key(rank)))["host"])
 
 
+def _heard_key(rank: int) -> str:
+    return f"heard/{rank}"
+
+
 def _facts_key(rank: int) -> str:
     return f"facts/{rank}"
 
@@ -98,8 +115,9 @@ def _misfit(store: Store, rank: int) -> str:
     """What is different on a machine, in words; nothing where it fits."""
     first = json.loads(store.get(_facts_key(0)))
     other = json.loads(store.get(_facts_key(rank)))
-    if "error" in other["facts"]:
-        return f"Machine {rank} ({other['host']}): {other['facts']['error']}"
+    for machine, told in ((0, first), (rank, other)):
+        if "error" in told["facts"]:
+            return f"Machine {machine} ({told['host']}): {told['facts']['error']}"
     found = list(differences(first["facts"], other["facts"]))
     if not found:
         return ""

@@ -87,6 +87,7 @@ def _is_stopped(process: psutil.Process) -> bool:
 
 def _end(process: psutil.Process, words: str, time_seconds: float) -> None:
     with suppress(psutil.Error, OSError, KeyError):
-        write_error_file(words, stack="", environ=process.environ(), time_seconds=time_seconds)
+        path = process.environ()["TORCHELASTIC_ERROR_FILE"]
+        write_error_file(words, stack="", path=path, time_seconds=time_seconds)
     with suppress(psutil.Error, OSError):
         os.killpg(process.pid, signal.SIGKILL)
