@@ -271,6 +271,7 @@ def test_a_manifest_hands_on_every_word_and_says_where_the_pods_meet(kind: Manif
     for pod in pods:
         (container,) = pod["containers"]
         assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+        given |= {"touch executed": "oops", "X": "oops"}  # as if they were there
         words = [as_kubernetes_expands(word, given) for word in container["command"]]
         assert words == [
             *["shardwise", "launch", "--cpu", "--deepspeed_multinode_launcher", "standard", "--num_machines", "3"],

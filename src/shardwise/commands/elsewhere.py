@@ -133,7 +133,7 @@ def _flags(flags: Mapping[str, Any], omit: tuple[str, ...]) -> Iterator[str]:
         if name not in omit and value is not None and value is not False:
             yield f"--{name}"
             if value is not True:
-                yield str(value)
+                yield str(value.absolute() if isinstance(value, Path) else value)
 
 
 def _write(path: Path, text: str, mode: int) -> None:

@@ -117,7 +117,7 @@ def launch(
         gpu_flag=gpu_flag,
     )
     own = {
-        "config_file": config_file and config_file.absolute(),
+        "config_file": config_file,
         "quiet": quiet,
         "module": module,
         "no_python": no_python,
