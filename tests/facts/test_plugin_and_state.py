@@ -45,7 +45,7 @@ def test_the_fields_of_a_plugin_are_those_of_the_guide():
     plugin = DeepSpeedPlugin(zero_stage=3, gradient_accumulation_steps=2, offload_param_device="cpu")
     assert (plugin.zero_stage, plugin.gradient_accumulation_steps, plugin.offload_param_device) == (3, 2, "cpu")
     assert (plugin.gradient_clipping, plugin.offload_optimizer_device) == (None, "none")
-    assert (plugin.zero3_save_16bit_model, plugin.deepspeed_multinode_launcher) == (False, "standard")
+    assert (plugin.zero3_save_16bit_model, plugin.deepspeed_multinode_launcher) == (False, None)
     assert plugin.deepspeed_config["zero_optimization"]["stage"] == 3
     with pytest.raises(AttributeError):
         _ = plugin.no_such_field

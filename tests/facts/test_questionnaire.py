@@ -239,11 +239,13 @@ def test_all_faults_of_a_json_are_shown_and_it_is_asked_for_again(folder: Path) 
     assert answers["deepspeed_config_file"] == "ds_config.json"
 
 
-def test_a_launcher_that_starts_nothing_here_is_refused_with_the_reason() -> None:
+@pytest.mark.parametrize(("launcher", "is_asked"), [("standard", False), ("slurm", False), ("pdsh", True)])
+def test_a_hostfile_is_asked_for_where_the_launcher_needs_one(launcher: str, is_asked: bool) -> None:
     answers = {"machine_type": "MULTI_CPU", "num_machines": 2, "use_deepspeed": True}
-    question = next(question for question in LAPTOP if question.key == "deepspeed_multinode_launcher")
-    assert fault_of(question, "standard", answers) is None
-    assert "launch on each machine" in str(fault_of(question, "pdsh", answers))
+    by_key = {question.key: question for question in LAPTOP}
+    assert fault_of(by_key["deepspeed_multinode_launcher"], launcher, answers) is None
+    answers["deepspeed_multinode_launcher"] = launcher
+    assert all(when.holds(answers) for when in by_key["deepspeed_hostfile"].asked_when) is is_asked
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ SETTINGS = [
     Setting("deepspeed_hostfile", "/hosts", "/others", None),
     Setting("deepspeed_exclusion_filter", "worker-1:0", "worker-2", None),
     Setting("deepspeed_inclusion_filter", "worker-1:1", "worker-3", None),
-    Setting("deepspeed_multinode_launcher", "pdsh", "ssh", "standard"),
+    Setting("deepspeed_multinode_launcher", "pdsh", "ssh", None),
     Setting("mixed_precision", "bf16", "fp16", "no", ("mixed_precision",)),
 ]
 BY_NAME = {setting.name: setting for setting in SETTINGS}

@@ -120,21 +120,6 @@ def test_processes_are_counted_over_all_machines() -> None:
         resolve_job(request({**TWO, "num_processes": 10}), SERVER)
 
 
-@pytest.mark.parametrize("starter", ["pdsh", "openmpi", "mpich", "mvapich", "impi", "slurm", "nossh", "ssh"])
-def test_a_starter_of_processes_elsewhere_is_refused_with_the_way_to_go(starter: str) -> None:
-    words = f'deepspeed_multinode_launcher is "{starter}".*Run the same command on each machine, with .* standard'
-    with pytest.raises(ConfigError, match=words):
-        request({**TWO, "deepspeed_multinode_launcher": starter})
-    assert request({"deepspeed_multinode_launcher": starter}).meeting == Meeting()  # one machine needs no starter
-
-
-@pytest.mark.parametrize("name", ["deepspeed_hostfile", "deepspeed_exclusion_filter", "deepspeed_inclusion_filter"])
-def test_a_list_of_machines_is_refused_where_there_are_several(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is .*Leave it out"):
-        request({**TWO, name: "worker-1"})
-    assert request({name: "worker-1"}).meeting == Meeting()
-
-
 def test_what_machines_need_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as found:
         request({"num_machines": 3})

@@ -8,7 +8,12 @@ import typer
 from shardwise.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shardwise.commands.machine_options import MachineOptions
+    from shardwise.config.run.resolved import Resolved
     from shardwise.config.run.said import Said
+    from shardwise.launch.job import LaunchRequest
     from shardwise.launch.wishes import Program
 
 _PROCESSES = "Processes"
@@ -80,6 +85,7 @@ def launch(
     A rank that fails ends the run: its error is shown and its exit code is the command's. With --max_restarts every
     rank starts anew instead, and SCRIPT goes on from its checkpoint. Ctrl-C ends every rank.
     """
+    from shardwise.commands.machine_options import taken_from
     from shardwise.launch.job import ProgramKind
     from shardwise.launch.wishes import Program
 
@@ -95,25 +101,45 @@ def launch(
             "Both --use_deepspeed and --multi_gpu were given. Choose one: the first is with ZeRO, the second without. "
             "--gpu insists on GPUs for either."
         )
+    machines = taken_from(settings)
+    if machines.machines and settings["num_machines"] not in (None, str(machines.machines[1])):
+        raise ConfigError(
+            f"--nnodes is {machines.nnodes}, but --num_machines is {settings['num_machines']}. Leave one of them out."
+        )
     wanted = Program(
         name=program,
         arguments=tuple(arguments or ()),
         kind=ProgramKind.MODULE if module else ProgramKind.COMMAND if no_python else ProgramKind.SCRIPT,
         num_threads=num_cpu_threads_per_process,
         max_restarts=max_restarts,
+        min_machines=machines.machines[0] if machines.machines else None,
+        faults=machines.faults,
         gpu_flag=gpu_flag,
     )
-    raise typer.Exit(_launch(wanted, settings, _switches(use_deepspeed, gpu_flag), config_file, quiet, dry_run))
+    own = {
+        "config_file": config_file,
+        "quiet": quiet,
+        "module": module,
+        "no_python": no_python,
+        "gpu": gpu,
+        "multi_gpu": multi_gpu,
+        "use_deepspeed": use_deepspeed,
+        "num_cpu_threads_per_process": num_cpu_threads_per_process,
+        "max_restarts": max_restarts or None,
+    }
+    switches = _switches(use_deepspeed, gpu_flag, machines)
+    raise typer.Exit(_launch(wanted, settings, switches, machines, own, dry_run))
 
 
 def _launch(
     program: "Program",
     settings: dict[str, Any],
     switches: "dict[str, Said]",
-    config_file: Path | None,
-    quiet: bool,
+    machines: "MachineOptions",
+    own: dict[str, Any],
     dry_run: bool,
 ) -> int:
+    """`own` are the flags beside `settings` and `machines`."""
     import os
 
     from rich.console import Console
@@ -122,20 +148,52 @@ def _launch(
     from shardwise.config.run.gather import gather
     from shardwise.config.run.handover import pack
     from shardwise.config.run.precedence import resolve
-    from shardwise.launch.job import notes_on, resolve_job
-    from shardwise.launch.machine import this_machine
-    from shardwise.launch.wishes import idle_settings, request_from
+    from shardwise.launch.capsule import request_on
+    from shardwise.launch.hosts import ON_EACH, fleet_from, own_rank
+    from shardwise.launch.wishes import idle_settings, meeting_notes, request_from
 
-    asked, notes = gather(given(settings), config_file, os.environ)
+    asked, notes = gather(given(settings), own["config_file"], os.environ)
     asked = asked.stronger(switches)
     resolved = resolve(asked)
-    request = request_from(resolved, program)
-    job = resolve_job(request, this_machine())
-    screen = Console(stderr=True, quiet=quiet, soft_wrap=True)
-    for note in (*notes, *notes_on(request, job), *idle_settings(resolved)):
+    screen = Console(stderr=True, quiet=own["quiet"], soft_wrap=True)
+    if machines.slurm_script is not None or machines.k8s_manifest is not None:
+        from shardwise.commands.elsewhere import write_for_scheduler
+
+        flags = {**own, **settings, **machines.as_flags}
+        write_for_scheduler(program, resolved.values, flags, machines, os.environ)
+        return 0
+    fleet = fleet_from(resolved.values, os.environ)
+    request = request_from(resolved, program, fleet)
+    for note in (*notes, *(fleet.notes if fleet else ()), *meeting_notes(resolved, request), *idle_settings(resolved)):
         screen.print(note, style="dim", markup=False, highlight=False)
     for warning in resolved.warnings:
         screen.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    if machines.of_a_launcher and (fleet is None or fleet.launcher == ON_EACH):
+        raise ConfigError(
+            f"{machines.of_a_launcher} was given, but no other machine is started from here. Leave it out, or choose a "
+            "launcher and give it machines: --deepspeed_multinode_launcher, --deepspeed_hostfile."
+        )
+    if fleet is not None and fleet.launcher != ON_EACH:
+        from shardwise.commands.elsewhere import launch_elsewhere
+
+        return launch_elsewhere(fleet, request, pack(asked), machines, os.environ, dry_run, screen)
+    if fleet is not None:
+        request = request_on(fleet.hosts, own_rank(fleet.hosts, resolved.values["machine_rank"]), request)
+    return _launch_here(request, resolved, pack(asked), dry_run, screen)
+
+
+def _launch_here(request: "LaunchRequest", resolved: "Resolved", asked: str, dry_run: bool, screen: "Console") -> int:
+    """Runs this machine's part of the run, which may be all of it."""
+    import os
+
+    from rich.console import Console
+
+    from shardwise.launch.job import notes_on, resolve_job
+    from shardwise.launch.machine import this_machine
+
+    job = resolve_job(request, this_machine())
+    for note in notes_on(request, job):
+        screen.print(note, style="dim", markup=False, highlight=False)
     if dry_run:
         from shardwise.commands.dry_run import print_job
 
@@ -144,14 +202,16 @@ def _launch(
 
     from shardwise.launch.runner import run
 
-    return run(job, pack(asked), Console(stderr=True))
+    return run(job, asked, Console(stderr=True))
 
 
-def _switches(use_deepspeed: bool, gpu_flag: str | None) -> "dict[str, Said]":
+def _switches(use_deepspeed: bool, gpu_flag: str | None, machines: "MachineOptions") -> "dict[str, Said]":
     """What the flags say that are not settings themselves."""
     from shardwise.config.run.said import Origin, Said
 
     said = {"use_cpu": Said(False, Origin.FLAG, gpu_flag)} if gpu_flag else {}
+    if machines.machines:
+        said["num_machines"] = Said(machines.machines[1], Origin.FLAG, "--nnodes")
     if use_deepspeed:
         said["distributed_type"] = Said("DEEPSPEED", Origin.FLAG, "--use_deepspeed")
     elif gpu_flag == _WITHOUT_ZERO:

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from rich.markup import escape
 
+from shardwise.commands.machine_options import PANEL, parameters
 from shardwise.config.catalog import effect_of
 from shardwise.config.effects import Acts
 from shardwise.config.run.schema import PluginConfig, RunConfig
 
-PROCESSES, ZERO, MACHINES = "Processes", "ZeRO", "Several machines"
+PROCESSES, ZERO, MACHINES = "Processes", "ZeRO", PANEL
 
 _MULTINODE = (
     "deepspeed_multinode_launcher",
@@ -61,7 +62,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         for each in own.parameters.values()
         if each.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    called.__signature__ = own.replace(parameters=[*named, *_parameters()])  # type: ignore[attr-defined]
+    called.__signature__ = own.replace(parameters=[*named, *_parameters(), *parameters()])  # type: ignore[attr-defined]
     return called
 
 

@@ -72,13 +72,13 @@ class Outcome:
         while frames is not None and frames.tb_frame.f_code.co_filename in hidden:
             frames = frames.tb_next
         summary = traceback.format_exception_only(kind, error)[-1].strip()
-        write_error_file(summary, stack="".join(traceback.format_exception(kind, error, frames)))
+        leave_error(summary, stack="".join(traceback.format_exception(kind, error, frames)))
 
     def left(self, leaving: SystemExit) -> None:
         """Keeps for the launcher when and with what the program called `sys.exit`, if that says it failed."""
         if leaving.code is not None and leaving.code != 0:
             self.exit_code = leaving.code if isinstance(leaving.code, int) else 1
-            write_error_file(f"It left with sys.exit({leaving.code!r}).", stack="")
+            leave_error(f"It left with sys.exit({leaving.code!r}).", stack="")
 
     def leave(self) -> None:
         """Ends a failed rank before native teardown, as the last of its `atexit` functions: it is registered first.
@@ -92,11 +92,14 @@ class Outcome:
             os._exit(self.exit_code & 0xFF)
 
 
-def write_error_file(summary: str, stack: str) -> None:
-    """Leaves an error file of torch's elastic agent, with the time to more than its whole second."""
-    now = time.time()
-    details = {"py_callstack": stack, "timestamp": str(int(now)), "time": now}
-    path = os.environ["TORCHELASTIC_ERROR_FILE"]
+def leave_error(summary: str, stack: str) -> None:
+    """Leaves this rank's error for the launcher."""
+    write_error_file(summary, stack, os.environ["TORCHELASTIC_ERROR_FILE"], time.time())
+
+
+def write_error_file(summary: str, stack: str, path: str, time_seconds: float) -> None:
+    """Writes an error file of torch's elastic agent, with the time to more than its whole second."""
+    details = {"py_callstack": stack, "timestamp": str(int(time_seconds)), "time": time_seconds}
     # Renamed into place: the agent may read while this rank is being ended.
     with open(path + ".part", "w") as file:
         json.dump({"message": {"message": summary, "extraInfo": details}}, file)

@@ -39,6 +39,9 @@ def rank_environment(job: Job, inherited: Mapping[str, str], asked_file: Path) -
             chosen |= HEAP_SETTINGS
     elif job.gpu_ids:
         chosen["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpu_ids)
+    if job.meeting.num_machines > 1 and job.meeting.backend == "c10d":
+        # Else torch's agents keep one store for the ranks of all attempts, which a machine that comes later misses.
+        chosen["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return chosen
 
 

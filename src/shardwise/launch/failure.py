@@ -5,7 +5,7 @@ mend.
 """
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ class RankFailure:
     time_seconds: float  # since the epoch; when the error was raised, or else when the end was noticed
     summary: str = ""  # the error in one line, if the rank left one
     stack: str = ""  # the traceback, if the rank left one
+    host: str = ""  # the machine it ran on, where there are several
 
     @property
     def signal(self) -> signal.Signals | None:
@@ -45,6 +46,11 @@ class RankFailure:
         return f"killed by {self.signal.name}"
 
     @property
+    def place(self) -> str:
+        """Where the rank ran, as far as that is a question."""
+        return f" on {self.host}" if self.host else ""
+
+    @property
     def _order(self) -> tuple[int, float]:
         if self.signal is signal.SIGTERM:
             return 2, self.time_seconds  # most likely ended by the agent, because another failed
@@ -54,15 +60,20 @@ class RankFailure:
         return 1, self.time_seconds
 
 
-def read_failures(failures: "Mapping[int, ProcessFailure]") -> list[RankFailure]:
+def read_failures(failures: "Mapping[int, ProcessFailure]", host: str = "") -> list[RankFailure]:
     """What torch's elastic agent knows of each failed rank, the one that ended the run first."""
-    return sorted((_read(rank, failure) for rank, failure in failures.items()), key=lambda failure: failure._order)
+    return in_order(_read(rank, failure, host) for rank, failure in failures.items())
 
 
-def _read(rank: int, failure: "ProcessFailure") -> RankFailure:
+def in_order(failures: Iterable[RankFailure]) -> list[RankFailure]:
+    """The one that ended the run first, then the others as they followed."""
+    return sorted(failures, key=lambda failure: failure._order)
+
+
+def _read(rank: int, failure: "ProcessFailure", host: str) -> RankFailure:
     message = failure.error_file_data.get("message")
     if not isinstance(message, dict):  # the rank left no error file
-        return RankFailure(rank, failure.exitcode, float(failure.timestamp))
+        return RankFailure(rank, failure.exitcode, float(failure.timestamp), host=host)
     details = message["extraInfo"]
     return RankFailure(
         rank,
@@ -70,6 +81,7 @@ def _read(rank: int, failure: "ProcessFailure") -> RankFailure:
         float(details.get("time", failure.timestamp)),
         summary=message["message"],
         stack=details["py_callstack"],
+        host=host,
     )
 
 
@@ -79,19 +91,24 @@ def print_failures(failures: list[RankFailure], num_processes: int, console: Con
     Where the first left no traceback (a crash), the earliest one that there is stands below it in full.
     """
     first, *others = failures
-    console.rule(f"rank {first.rank} of {num_processes} failed ({first.how})", style="red", characters="─")
+    title = f"rank {first.rank} of {num_processes}{first.place} failed ({first.how})"
+    console.rule(title, style="red", characters="─")
     explained = next((failure for failure in failures if failure.stack), None)
     if first.stack:
         _print_plain(console, first.stack)
     else:
         _print_plain(console, first.summary or _NO_WORD)
-        if first.signal is signal.SIGKILL:
+        if first.signal is signal.SIGKILL and not first.summary:
             _print_plain(console, "The kernel kills a process in this way when memory runs out.")
         if explained is not None:
-            _print_plain(console, f"\nrank {explained.rank} ({explained.how}) then failed with:\n{explained.stack}")
+            _print_plain(
+                console,
+                f"\nrank {explained.rank}{explained.place} ({explained.how}) then failed with:\n{explained.stack}",
+            )
     for failure in others:
         if failure is not explained and failure.signal is not signal.SIGTERM:
-            _print_plain(console, f"rank {failure.rank} failed too ({failure.how}): {failure.summary}".rstrip(": "))
+            line = f"rank {failure.rank}{failure.place} failed too ({failure.how}): {failure.summary}"
+            _print_plain(console, line.rstrip(": "))
 
 
 def _print_plain(console: Console, text: str) -> None:

@@ -42,6 +42,15 @@ class Meeting:
     address: str = LOOPBACK  # of machine 0
     port: int = 0  # 0: a free one, on a single machine
     backend: str = "c10d"  # of torch's rendezvous: c10d, or static
+    min_machines: int | None = None  # with how many of them the run may go on after a fault; None: all
+
+
+@dataclass(frozen=True)
+class FaultPolicy:
+    """How the end of a rank or of a machine is noticed."""
+
+    monitor_interval_seconds: float = 0.1  # between two looks of the agent at its ranks
+    timeout_seconds: float = 60.0  # how long a machine may be silent, or a rank be stopped
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ class LaunchRequest:
     num_processes: int | None = None  # over all machines
     num_threads_per_process: int | None = None
     max_restarts: int = 0  # how often all ranks are started anew when one has failed
+    num_local_processes: int | None = None  # on this machine; None: the same on each
+    faults: FaultPolicy = FaultPolicy()
     meeting: Meeting = Meeting()
     gpu_ids: tuple[str, ...] = ()  # empty: every one
     made_for_gpus: tuple[str, ...] = ()  # what the YAML says about GPUs, where it does not insist on them
@@ -75,16 +86,13 @@ class Job:
     kind: ProgramKind
     device: Device
     num_processes: int  # over all machines
+    num_local_processes: int  # on this machine
     num_threads_per_process: int
     threads_were_asked_for: bool  # else a thread count that the user's environment already has stays
     max_restarts: int
     meeting: Meeting
     gpu_ids: tuple[str, ...]  # empty: every one
-
-    @property
-    def num_local_processes(self) -> int:
-        """How many of the processes this machine runs."""
-        return self.num_processes // self.meeting.num_machines
+    faults: FaultPolicy = FaultPolicy()
 
     @property
     def command(self) -> list[str]:
@@ -105,10 +113,11 @@ def resolve_job(request: LaunchRequest, machine: Machine) -> Job:
     Raises:
         ConfigError: the program does not exist, the machine has not the devices asked for, or the port is taken.
     """
-    _check_program(request.kind, request.program)
+    check_program(request.kind, request.program)
     device = request.device or (Device.GPU if machine.num_gpus else Device.CPU)
     gpu_ids = request.gpu_ids if device is Device.GPU else ()
     num_processes = _num_processes(request, device, machine)
+    num_local_processes = request.num_local_processes or num_processes // request.meeting.num_machines
     if request.meeting.port and request.meeting.machine_rank == 0:
         _check_port(request)
     num_threads = request.num_threads_per_process
@@ -122,12 +131,13 @@ def resolve_job(request: LaunchRequest, machine: Machine) -> Job:
         kind=request.kind,
         device=device,
         num_processes=num_processes,
-        num_threads_per_process=num_threads
-        or max(1, machine.num_cores * request.meeting.num_machines // num_processes),
+        num_local_processes=num_local_processes,
+        num_threads_per_process=num_threads or max(1, machine.num_cores // num_local_processes),
         threads_were_asked_for=num_threads is not None,
         max_restarts=request.max_restarts,
         meeting=request.meeting,
         gpu_ids=gpu_ids,
+        faults=request.faults,
     )
 
 
@@ -155,7 +165,7 @@ def _num_processes(request: LaunchRequest, device: Device, machine: Machine) -> 
         return num_gpus if device is Device.GPU else min(2, machine.num_cores)
     if asked < 1:
         raise ConfigError(f"{request.named('num_processes')} is {asked}, and a run needs at least 1.")
-    here = asked // request.meeting.num_machines
+    here = request.num_local_processes or asked // request.meeting.num_machines
     if device is Device.GPU and here > num_gpus:
         of_them = "" if here == asked else f", {here} of them on this machine"
         chosen = f"gpu_ids names {num_gpus} of them" if request.gpu_ids else f"torch sees {num_gpus} CUDA device(s)"
@@ -178,7 +188,8 @@ def _check_gpu_ids(request: LaunchRequest, machine: Machine) -> None:
             )
 
 
-def _check_program(kind: ProgramKind, program: str) -> None:
+def check_program(kind: ProgramKind, program: str) -> None:
+    """Raises ConfigError if there is no such program here."""
     match kind:
         case ProgramKind.SCRIPT:
             _check_script(program)

@@ -1,16 +1,22 @@
-"""Running a job to its end: the ranks under torch's elastic agent, the agent under a guard."""
+"""Running a job to its end: the ranks under torch's elastic agent, the agent under a guard.
+
+On several machines each runs this, with an agent for its own ranks; they come together before (`gathering`), watch over
+each other meanwhile (`health`), and end with one verdict.
+"""
 
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +28,39 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from shardwise.errors import StateError
 from shardwise.launch import bootstrap, guard
 from shardwise.launch.agent import Agent, Failures
 from shardwise.launch.environment import exported, rank_environment
+from shardwise.launch.facts import facts_of, versions_here
 from shardwise.launch.failure import print_failures, read_failures
+from shardwise.launch.gathering import come_together
+from shardwise.launch.health import Health
 from shardwise.launch.job import Job, Meeting
+from shardwise.launch.local_ranks import LocalRanks, watched
+from shardwise.launch.verdict import Ending, Verdict
 
 # What a rank may take after Ctrl-C to run its `finally` blocks. One that waits in a collective cannot hear the signal.
 GRACE_SECONDS = 10
 MEETING_SECONDS = 600  # how long machines wait for each other
+LAST_CALL_SECONDS = 15  # how long those that could go on with fewer wait for more
 ASKED_FILE = "asked.json"  # in the run directory
 
 
-def run(job: Job, asked: str, console: Console) -> int:
+@dataclass(frozen=True)
+class Member:
+    """A machine's part in a run of several, beyond its job."""
+
+    host: str  # its name in messages
+    patience_seconds: float | None = None  # for the other machines; None: MEETING_SECONDS
+    shares_screen: bool = False  # with the other machines
+
+    def tells(self, verdict: Verdict, machine_rank: int) -> bool:
+        """Whether this machine shows the verdict: on a shared screen machine 0 does, or 1 where 0 is lost."""
+        first_is_lost = verdict.ending is Ending.LOST and verdict.machine_rank == 0
+        return not self.shares_screen or machine_rank == (1 if first_is_lost else 0)
+
+
+def run(job: Job, asked: str, console: Console, member: Member | None = None) -> int:
     """Runs `job` to its end and says which exit status the launcher owes its caller.
 
     `asked` is handed to the ranks, who resolve it again together with what the script says.
@@ -45,45 +70,77 @@ def run(job: Job, asked: str, console: Console) -> int:
     with (
         quiet_agent(),
         signal_handlers_restored(),
-        _guarded_directory(job, asked) as directory,
+        _job_directory(job, asked) as directory,
         exported(rank_environment(job, os.environ, directory / ASKED_FILE)),
     ):
-        try:
+        if job.meeting.num_machines == 1:
+            return _run_alone(job, directory, console)
+        facts = facts_of(job, asked, versions_here())
+        return _run_together(job, facts, directory, console, member or Member(socket.gethostname()))
+
+
+def _run_alone(job: Job, directory: Path, console: Console) -> int:
+    ranks = LocalRanks(directory / "ranks", job.faults.timeout_seconds)
+    try:
+        with watched(ranks.end_stopped):
             _run_agent(job, directory, console)
-        except ChildFailedError as error:
-            failures = read_failures(error.failures)
-            print_failures(failures, job.num_processes, console)
-            if job.max_restarts:
-                told = f"Every rank was started anew {job.max_restarts} time(s): --max_restarts allows no more."
-                console.print(told, style="red", soft_wrap=True)
-            return failures[0].status
-        except SignalException as ended:
-            received = signal.Signals(ended.sigval)
-            console.print(f"Ended by {received.name}; every rank is ended too.", style="yellow")
-            return 128 + received
-        except (DistError, RendezvousError) as error:
-            meeting = job.meeting
-            raise StateError(
-                f"Machine {meeting.machine_rank} of {meeting.num_machines} has not met the others at "
-                f"{meeting.address}:{meeting.port}: {_first_line(error)} Start the same command on every machine, "
-                "each with its own --machine_rank, and see that they reach that address and port."
-            ) from error
+    except ChildFailedError as error:
+        failures = read_failures(error.failures)
+        print_failures(failures, job.num_processes, console)
+        _tell_restarts(job, console)
+        return failures[0].status
+    except SignalException as ended:
+        received = signal.Signals(ended.sigval)
+        console.print(f"Ended by {received.name}; every rank is ended too.", style="yellow")
+        return 128 + received
     return 0
 
 
-def _first_line(error: Exception) -> str:
-    line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return line if line.endswith(".") else line + "."
+def _run_together(job: Job, facts: Mapping[str, Any], directory: Path, console: Console, member: Member) -> int:
+    meeting = job.meeting
+    store = come_together(meeting, member.host, facts, member.patience_seconds or MEETING_SECONDS)
+    ranks = LocalRanks(directory / "ranks", job.faults.timeout_seconds)
+    health = Health(job, member.host, store, ranks, partial(_note, console))
+    health.start()
+    verdict = health.conclude(_end_of(job, directory, console, member))
+    if verdict is not None and member.tells(verdict, meeting.machine_rank):
+        verdict.print(console)
+        if verdict.failures:
+            _tell_restarts(job, console)
+    health.close()
+    return 0 if verdict is None else verdict.status
 
 
-def _run_agent(job: Job, directory: Path, console: Console) -> None:
+def _end_of(job: Job, directory: Path, console: Console, member: Member) -> Verdict | None:
+    """Runs this machine's agent, and says what was wrong with its end."""
+    rank, host = job.meeting.machine_rank, member.host
+    try:
+        _run_agent(job, directory, console, host)
+    except ChildFailedError as error:
+        failures = tuple(read_failures(error.failures, host))
+        return Verdict(Ending.FAILED, rank, host, failures, job.num_processes)
+    except SignalException as ended:
+        return Verdict(Ending.SIGNALLED, rank, host, signal_number=int(ended.sigval))
+    except (DistError, RendezvousError) as error:
+        words = f"Its agent has lost the others: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        return Verdict(Ending.LOST, rank, host, words=words)
+    return None
+
+
+def _tell_restarts(job: Job, console: Console) -> None:
+    if job.max_restarts:
+        told = f"Every rank was started anew {job.max_restarts} time(s): --max_restarts allows no more."
+        console.print(told, style="red", soft_wrap=True)
+
+
+def _run_agent(job: Job, directory: Path, console: Console, host: str = "") -> None:
     """Runs the ranks of this machine to their end; ChildFailedError where that is a bad one."""
     meeting = job.meeting
     rendezvous = _rendezvous(meeting)
 
     def restarting(failures: Failures, restarts_before: int) -> None:
         if failures:
-            print_failures(read_failures(failures), job.num_processes, console)
+            print_failures(read_failures(failures, host), job.num_processes, console)
         why = "" if failures else "Ranks of another machine have failed. "
         console.print(f"{why}Every rank starts anew ({restarts_before + 1} of {job.max_restarts}).", style="yellow")
 
@@ -95,11 +152,12 @@ def _run_agent(job: Job, directory: Path, console: Console) -> None:
             entrypoint=sys.executable,
             args=(bootstrap.__file__, str(directory)),
             max_restarts=job.max_restarts,
+            monitor_interval=job.faults.monitor_interval_seconds,
             # Where ranks meet; under c10d the agents find a place themselves.
             master_addr=meeting.address if meeting.backend == "static" else None,
             master_port=meeting.port if meeting.backend == "static" else None,
             # Else the machine's own name is looked up, which needs a name service.
-            local_addr=meeting.address if meeting.machine_rank == 0 else None,
+            local_addr=_own_address(meeting),
         ),
         DefaultLogsSpecs(log_dir=str(directory / "errors")),
         GRACE_SECONDS,
@@ -127,29 +185,54 @@ def _rendezvous(meeting: Meeting) -> RendezvousHandler:
         configs = {
             "is_host": meeting.machine_rank == 0,
             "join_timeout": MEETING_SECONDS,
-            "read_timeout": MEETING_SECONDS,  # the others' first look for machine 0 falls under it
+            "read_timeout": MEETING_SECONDS,
+            "last_call_timeout": LAST_CALL_SECONDS,
         }
     return get_rendezvous_handler(
         RendezvousParameters(
             backend=meeting.backend,
             endpoint=f"{meeting.address}:{meeting.port}",
             run_id=uuid.uuid4().hex if alone else "shardwise",  # machines that meet must agree on it
-            min_nodes=meeting.num_machines,
+            min_nodes=meeting.min_machines or meeting.num_machines,
             max_nodes=meeting.num_machines,
-            local_addr=meeting.address if meeting.machine_rank == 0 else None,
+            local_addr=_own_address(meeting),
             **configs,
         )
     )
 
 
+def _own_address(meeting: Meeting) -> str | None:
+    """The address of this machine that reaches machine 0, and so is reached by it."""
+    if meeting.machine_rank == 0:
+        return meeting.address
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(meeting.address, meeting.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(place)  # chooses a route; nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None  # no route yet: the machines will say so when they meet
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _job_directory(job: Job, asked: str) -> AbstractContextManager[Path]:
+    task = {"launcher_pid": os.getpid(), **asdict(job)}
+    return guarded_directory({"job.json": json.dumps(task), ASKED_FILE: asked})
+
+
 @contextmanager
-def _guarded_directory(job: Job, asked: str) -> Iterator[Path]:
-    """The directory of one run, from which ranks read their job and where they sign in; the guard removes it."""
+def guarded_directory(files: Mapping[str, str]) -> Iterator[Path]:
+    """The directory of one run, with `files` to read, where processes sign in; the guard removes it.
+
+    What has signed in under `ranks` is ended with this process, in whatever way that ends.
+    """
     directory = Path(tempfile.mkdtemp(prefix="shardwise-"))
     (directory / "ranks").mkdir()
-    task = {"launcher_pid": os.getpid(), **asdict(job)}
-    (directory / "job.json").write_text(json.dumps(task))
-    (directory / ASKED_FILE).write_text(asked)
+    for name, text in files.items():
+        (directory / name).write_text(text)
     watcher = subprocess.Popen(
         [sys.executable, "-I", "-S", guard.__file__, str(directory)],
         stdin=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """From the settings of a run to what is asked of the launcher."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardwise.config.catalog import effect_of
 from shardwise.config.effects import NoEffect
@@ -10,13 +10,8 @@ from shardwise.config.run.resolved import Resolved
 from shardwise.config.run.said import Origin, Said
 from shardwise.config.run.schema import PluginConfig, RunConfig
 from shardwise.errors import ConfigError
-from shardwise.launch.job import Device, LaunchRequest, Meeting, ProgramKind
-
-BY_HAND = "standard"
-_ON_OTHER_MACHINES = ("deepspeed_hostfile", "deepspeed_exclusion_filter", "deepspeed_inclusion_filter")
-_HOW = (
-    f"Run the same command on each machine, with --deepspeed_multinode_launcher {BY_HAND} and its own --machine_rank."
-)
+from shardwise.launch.hosts import DEFAULT_PORT, GO_ON_WITH_FEWER, Fleet, first_address, idle_lists
+from shardwise.launch.job import Device, FaultPolicy, LaunchRequest, Meeting, ProgramKind
 
 
 @dataclass(frozen=True)
@@ -28,16 +23,25 @@ class Program:
     kind: ProgramKind = ProgramKind.SCRIPT
     num_threads: int | None = None
     max_restarts: int = 0
+    min_machines: int | None = None  # with which the run may go on; None: all of them
+    faults: FaultPolicy = field(default_factory=FaultPolicy)
     gpu_flag: str | None = None  # the flag that insists on GPUs, if one was given
 
 
-def request_from(resolved: Resolved, program: Program) -> LaunchRequest:
-    """What the settings ask of the launcher; ConfigError with everything in them that no launch can do."""
+def request_from(resolved: Resolved, program: Program, fleet: Fleet | None = None) -> LaunchRequest:
+    """What the settings ask of the launcher; ConfigError with everything in them that no launch can do.
+
+    `fleet` is what `hosts.fleet_from` makes of the settings: the machines, where the command itself reaches them.
+    """
     values = resolved.values
     gpu_flag = program.gpu_flag
     if gpu_flag is None and values["gpu_ids"].origin is Origin.FLAG and _ids(values["gpu_ids"]):
         gpu_flag = values["gpu_ids"].place
-    faults = [*_device_faults(values, gpu_flag), *_process_faults(values), *_machine_faults(values)]
+    faults = [
+        *_device_faults(values, gpu_flag),
+        *_process_faults(values, fleet),
+        *_machine_faults(values, program, fleet),
+    ]
     if faults:
         raise ConfigError("\n".join(faults))
     places = {name: said.place for name, said in values.items() if said.origin is not Origin.DEFAULT}
@@ -46,11 +50,12 @@ def request_from(resolved: Resolved, program: Program) -> LaunchRequest:
         program=program.name,
         arguments=program.arguments,
         kind=program.kind,
-        device=_device(values, gpu_flag),
+        device=asked_device(values, gpu_flag),
         num_processes=1 if alone else values["num_processes"].value,
         num_threads_per_process=program.num_threads,
         max_restarts=program.max_restarts,
-        meeting=_meeting(values),
+        faults=program.faults,
+        meeting=_meeting(values, program, fleet),
         gpu_ids=_ids(values["gpu_ids"]),
         made_for_gpus=tuple(_made_for_gpus(values)),
         places=places | ({"gpu": gpu_flag} if gpu_flag else {}),
@@ -60,7 +65,7 @@ def request_from(resolved: Resolved, program: Program) -> LaunchRequest:
 # --- device -----------------------------------------------------------------------------------------------------------
 
 
-def _device(values: Mapping[str, Said], gpu_flag: str | None) -> Device | None:
+def asked_device(values: Mapping[str, Said], gpu_flag: str | None) -> Device | None:
     """The device that was insisted on; None leaves it to the machine."""
     if gpu_flag is not None:
         return Device.GPU
@@ -100,7 +105,7 @@ def _made_for_gpus(values: Mapping[str, Said]) -> Iterator[str]:
 # --- processes and machines -------------------------------------------------------------------------------------------
 
 
-def _process_faults(values: Mapping[str, Said]) -> Iterator[str]:
+def _process_faults(values: Mapping[str, Said], fleet: Fleet | None) -> Iterator[str]:
     kind, processes, machines = values["distributed_type"], values["num_processes"], values["num_machines"]
     count = processes.value
     typed = processes.origin is Origin.FLAG and kind.origin is not Origin.FLAG
@@ -109,37 +114,67 @@ def _process_faults(values: Mapping[str, Said]) -> Iterator[str]:
             f"distributed_type is {kind}, which is one process, but num_processes is {processes}. "
             "Write MULTI_GPU, MULTI_CPU or DEEPSPEED, or num_processes: 1."
         )
-    if count is None and machines.value > 1:
+    if count is None and machines.value > 1 and fleet is None:
         yield (
             f"num_machines is {machines}, and nobody says how many processes they run. "
             "Give --num_processes, the same on each: it counts those of all machines."
         )
 
 
-def _machine_faults(values: Mapping[str, Said]) -> Iterator[str]:
-    machines = values["num_machines"]
-    if machines.value == 1:
+def _machine_faults(values: Mapping[str, Said], program: Program, fleet: Fleet | None) -> Iterator[str]:
+    machines, backend = values["num_machines"], values["rdzv_backend"]
+    count = machines.value if fleet is None else len(fleet.hosts)
+    fewest = program.min_machines
+    if fewest is not None and not 1 <= fewest <= count:
+        yield f"--nnodes allows no fewer than {fewest} machines, and there are {count}. Give 1 to {count}."
+    elif fewest is not None and fewest < count and not program.max_restarts:
+        yield f"--nnodes allows {fewest} machines, but a run goes on with fewer by a restart. Give --max_restarts, too."
+    if count == 1:
         return
-    starter = values["deepspeed_multinode_launcher"]
-    if starter.origin is not Origin.DEFAULT and starter.value != BY_HAND:
-        yield f"deepspeed_multinode_launcher is {starter}: no process is started on another machine from here. {_HOW}"
-    for name in _ON_OTHER_MACHINES:
-        if values[name].value is not None:
-            yield f"{name} is {values[name]}: no list of machines is read. Leave it out, or give --{name} null. {_HOW}"
+    if fewest is not None and fewest < count and fleet is not None and fleet.launcher not in GO_ON_WITH_FEWER:
+        yield (
+            f"--nnodes allows {fewest} machines, but {fleet.launcher} does not let a run go on when it loses one. "
+            f"Choose --deepspeed_multinode_launcher {GO_ON_WITH_FEWER[-1]}."
+        )
+    if _changes(program) and backend.origin is Origin.FLAG and backend.value == "static":
+        yield (
+            f"rdzv_backend is {backend}, by which machines meet only once, but --max_restarts was given. "
+            "Leave one of them out; c10d is what restarts need."
+        )
+    if fleet is not None:
+        return
     for name, what in (("main_process_ip", "an address of machine 0"), ("main_process_port", "a free port of it")):
         if not values[name].value:
             yield f"num_machines is {machines}, and they need --{name}, the same on each: {what} that all can reach."
 
 
-def _meeting(values: Mapping[str, Said]) -> Meeting:
+def _changes(program: Program) -> bool:
+    """Whether the machines may have to meet again."""
+    return program.max_restarts > 0
+
+
+def _meeting(values: Mapping[str, Said], program: Program, fleet: Fleet | None) -> Meeting:
     port = values["main_process_port"].value or 0
-    num_machines = values["num_machines"].value
+    num_machines = values["num_machines"].value if fleet is None else len(fleet.hosts)
     if num_machines == 1:
         return Meeting(port=port)
     backend = values["rdzv_backend"]
     by_rendezvous = backend.origin is Origin.DEFAULT and not values["same_network"].value
-    chosen = "c10d" if by_rendezvous else backend.value
-    return Meeting(num_machines, values["machine_rank"].value, values["main_process_ip"].value, port, chosen)
+    chosen = "c10d" if by_rendezvous or _changes(program) else backend.value
+    fewest = program.min_machines if program.min_machines != num_machines else None
+    if fleet is None:
+        rank, address = values["machine_rank"].value, values["main_process_ip"].value
+        return Meeting(num_machines, rank, address, port, chosen, fewest)
+    # The machine's rank is filled in on each.
+    address = first_address(fleet.hosts, values["main_process_ip"])
+    return Meeting(num_machines, 0, address, port or DEFAULT_PORT, chosen, fewest)
+
+
+def meeting_notes(resolved: Resolved, request: LaunchRequest) -> Iterator[str]:
+    """Notes on what was not followed to the letter."""
+    backend, meeting = resolved.values["rdzv_backend"], request.meeting
+    if backend.origin is not Origin.DEFAULT and meeting.backend != backend.value and meeting.num_machines > 1:
+        yield f"rdzv_backend: {backend}, but machines meet by c10d, as restarts need it."
 
 
 # --- settings that change nothing -------------------------------------------------------------------------------------
@@ -152,3 +187,4 @@ def idle_settings(resolved: Resolved) -> Iterator[str]:
         effect = effect_of(block.model_fields[name])
         if isinstance(effect, NoEffect) and effect.warns and said.value != default_of(name):
             yield f"{name}: {said} has no effect: {effect.reason}."
+    yield from idle_lists(resolved.values)

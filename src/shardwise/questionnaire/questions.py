@@ -18,8 +18,6 @@ from shardwise.questionnaire.json_file import json_leaves_open, json_stage
 from shardwise.questionnaire.question import NEEDED, Answers, Choice, Kind, Question, When
 
 _KINDS = {bool: Kind.YES_NO, int: Kind.WHOLE, float: Kind.NUMBER}
-# Nothing on this machine starts processes on another one.
-_BY_HAND = "only standard is here: launch on each machine"
 
 
 def questions(machine: Machine) -> tuple[Question, ...]:
@@ -92,6 +90,12 @@ def _zero() -> tuple[Question, ...]:
             when=(ZERO, SEVERAL_MACHINES),
             choices=_launchers(),
             hinted=True,
+        ),
+        _setting(
+            "deepspeed_hostfile",
+            "What is the path of the hostfile, with a line such as worker-1 slots=4 for each machine?",
+            kind=Kind.PATH,
+            when=(ZERO, WITH_HOSTFILE),
         ),
     )
 
@@ -172,7 +176,7 @@ def _kind(field: FieldInfo) -> Kind:
 
 def _launchers() -> tuple[Choice, ...]:
     names = _literals(_field("deepspeed_multinode_launcher"))
-    others = (Choice(name, name, _BY_HAND) for name in names if name != "standard")
+    others = (Choice(name, name) for name in names if name != "standard")
     return (Choice("standard", "standard"), *others)
 
 
@@ -191,6 +195,10 @@ def _stage_at_least(stage: int) -> When:
 ONE_PROCESS = When("machine_type NO", lambda answers: answers.get("machine_type") == "NO")
 SEVERAL_PROCESSES = When("machine_type MULTI_CPU or MULTI_GPU", lambda answers: answers.get("machine_type") != "NO")
 SEVERAL_MACHINES = When("num_machines 2 or more", lambda answers: answers.get("num_machines", 1) > 1)
+WITH_HOSTFILE = When(
+    "deepspeed_multinode_launcher other than standard and slurm",
+    lambda answers: answers.get("deepspeed_multinode_launcher", "standard") not in ("standard", "slurm"),
+)
 APART = When("same_network: no", lambda answers: answers.get("same_network") is False)
 ZERO = _yes("use_deepspeed")
 NO_ZERO = When("use_deepspeed: no", lambda answers: answers.get("use_deepspeed") is False)

@@ -65,7 +65,6 @@ MultinodeLauncher = Literal["pdsh", "standard", "openmpi", "mpich", "mvapich", "
 
 _FOREIGN = Unsupported("this way of training is not here; ZeRO stage 3 shards what it shards", neutral=_asks_nothing)
 _TPU = Unsupported("there is no TPU support", neutral=_asks_nothing)
-_MACHINES = "no list of machines is read, and with several machines it is refused"
 
 
 class PluginConfig(Block):
@@ -94,13 +93,22 @@ class PluginConfig(Block):
         CommaList, Acts("class names of mixture-of-experts layers, each kept one unit; comma-separated")
     ] = ()
     deepspeed_config_file: Annotated[OptionalPath, Acts("a DeepSpeed JSON; what it says is its own word")] = None
-    deepspeed_hostfile: Annotated[OptionalPath, NoEffect(_MACHINES, warns=False)] = None
-    deepspeed_exclusion_filter: Annotated[Text, NoEffect(_MACHINES, warns=False)] = None
-    deepspeed_inclusion_filter: Annotated[Text, NoEffect(_MACHINES, warns=False)] = None
+    deepspeed_hostfile: Annotated[
+        OptionalPath, Acts("a file of machines, a line for each such as worker-1 slots=4; they are started from here")
+    ] = None
+    deepspeed_exclusion_filter: Annotated[
+        Text, Acts("the hostfile without these machines or slots, such as worker-1@worker-2:0,2")
+    ] = None
+    deepspeed_inclusion_filter: Annotated[
+        Text, Acts("only these machines and slots of the hostfile, such as worker-1@worker-2:0,2")
+    ] = None
     deepspeed_multinode_launcher: Annotated[
-        MultinodeLauncher,
-        Acts("how processes on other machines are started; only standard: by hand, by the same command on each"),
-    ] = "standard"
+        MultinodeLauncher | None,
+        Acts(
+            "what starts the run on other machines; null is pdsh where there is a hostfile, else standard: you do, "
+            "by the same command on each"
+        ),
+    ] = None
 
 
 class RunConfig(Block):
