@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.references import GPT, WIDE, Recipe, assert_same
+from shardwise.optim.json_optimizers import build_optimizer
+from tests import models
+from tests.references import GPT, MLP, WIDE, Recipe, assert_same
 from tests.world.engine_runs import Config, config_of, train_with_engine
 from tests.world.offload_runs import PAIRS, host_memory_apart, zero_block
+from tests.world.test_unused_parameters import parts_unused_on_some_ranks, with_choice
 from tests.worlds import World
 
 STEPS = 20
@@ -18,48 +23,91 @@ ACCUMULATED = dataclasses.replace(WIDE, steps=STEPS, accumulation=2)
 TIED = dataclasses.replace(GPT, steps=6)
 
 
-def offload_changes_nothing(recipe: Recipe, plain: Config, offloaded: Config) -> None:
+def offload_changes_nothing(recipe: Recipe, plain: Config, offloaded: dict[str, Config]) -> None:
     expected = train_with_engine(recipe, plain)
-    with host_memory_apart():
-        found = train_with_engine(recipe, offloaded)
-    assert_same(found, expected, "offloaded against not")
-    assert found.norms == expected.norms
+    for name, config in offloaded.items():
+        with host_memory_apart():
+            found = train_with_engine(recipe, config)
+        assert_same(found, expected, f"{name} against nothing offloaded")
+        assert found.norms == expected.norms, name
 
 
-def both(directory: Path, pair: tuple[str, str], stage: int = 3, **settings: object) -> tuple[Config, Config]:
-    zero = zero_block(*pair, directory)
-    return config_of(stage, **settings), config_of(stage, zero=zero, **settings)
+def compare(
+    world: World, recipe: Recipe, directory: Path, pairs: list[tuple[str, str]], stage: int = 3, **settings: object
+) -> None:
+    configs = {"-".join(pair): config_of(stage, zero=zero_block(*pair, directory), **settings) for pair in pairs}
+    world.run(offload_changes_nothing, recipe, config_of(stage, **settings), configs)
+    assert not list(directory.glob("*/*")), "files were left behind"
 
 
 @pytest.mark.parametrize("world", [1, 2], indirect=True)
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_accumulation_and_clipping_in_fp32(world: World, pair: tuple[str, str], tmp_path: Path) -> None:
-    plain, offloaded = both(tmp_path, pair, accumulation=2, gradient_clipping=0.5)
-    world.run(offload_changes_nothing, ACCUMULATED, plain, offloaded)
-    assert not list(tmp_path.glob("*/*")), "files were left behind"
+def test_accumulation_and_clipping_in_fp32(world: World, tmp_path: Path) -> None:
+    compare(world, ACCUMULATED, tmp_path, PAIRS, accumulation=2, gradient_clipping=0.5)
 
 
 @pytest.mark.parametrize("world", [2, 3], indirect=True)
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("optimizer", ["cpu", "nvme"])
-def test_whole_parameters(world: World, stage: int, optimizer: str, tmp_path: Path) -> None:
-    plain, offloaded = both(tmp_path, ("none", optimizer), stage, accumulation=2, gradient_clipping=0.5)
-    world.run(offload_changes_nothing, dataclasses.replace(TIED, accumulation=2), plain, offloaded)
+def test_whole_parameters(world: World, stage: int, tmp_path: Path) -> None:
+    recipe, pairs = dataclasses.replace(TIED, accumulation=2), [("none", "cpu"), ("none", "nvme")]
+    compare(world, recipe, tmp_path, pairs, stage, accumulation=2, gradient_clipping=0.5)
 
 
 @pytest.mark.parametrize("world", [1, 2], indirect=True)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_sixteen_bits(world: World, precision: str, pair: tuple[str, str], tmp_path: Path) -> None:
-    plain, offloaded = both(tmp_path, pair, gradient_clipping=0.5, **{precision: {"enabled": True}})
-    world.run(offload_changes_nothing, TIED, plain, offloaded)
+def test_sixteen_bits(world: World, precision: str, tmp_path: Path) -> None:
+    compare(world, TIED, tmp_path, PAIRS, gradient_clipping=0.5, **{precision: {"enabled": True}})
+
+
+Optimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
 
 
 def fused(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
 
 
+def with_momentum(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, nesterov=True)
+
+
+def muon_and_adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """It needs whole matrices."""
+    return build_optimizer("Muon", {"lr": 1e-2}, list(model.parameters()), model)
+
+
 @pytest.mark.parametrize("world", [1, 2], indirect=True)
-def test_fused_steps(world: World, tmp_path: Path) -> None:
-    plain, offloaded = both(tmp_path, ("nvme", "nvme"))
-    world.run(offload_changes_nothing, dataclasses.replace(WIDE, steps=6, optimizer=fused), plain, offloaded)
+@pytest.mark.parametrize("optimizer", [fused, with_momentum], ids=["fused", "sgd"])
+def test_other_steps(
+    world: World, optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    compare(world, dataclasses.replace(WIDE, steps=6, optimizer=optimizer), tmp_path, [("nvme", "nvme")])
+
+
+def test_whole_matrices(world2: World, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(GPT, steps=4, optimizer=muon_and_adamw)
+    compare(world2, recipe, tmp_path, [("none", "cpu"), ("none", "nvme")], stage=2)
+
+
+@pytest.mark.parametrize("world", [1, 2], indirect=True)
+def test_part_of_the_states(world: World, tmp_path: Path) -> None:
+    """`ratio` and `max_in_cpu` leave whole units where they were."""
+    zero = zero_block("nvme", "nvme", tmp_path, ratio=0.5)
+    zero["offload_param"]["max_in_cpu"] = 200_000
+    plain, offloaded = config_of(3), config_of(3, zero=zero)
+    world.run(offload_changes_nothing, dataclasses.replace(WIDE, steps=4), plain, {"part": offloaded})
+
+
+@pytest.mark.parametrize("world", [1, 2], indirect=True)
+def test_parameters_without_a_gradient(world: World, tmp_path: Path) -> None:
+    """Runs are split where used and unused parameters meet, also those whose state is in a file."""
+    recipe = dataclasses.replace(
+        MLP, model=models.build_optional, batch=parts_unused_on_some_ranks, loss=with_choice, steps=4
+    )
+    # Where parameters are in files ranks gather by messages, for which all must run the same units.
+    compare(world, recipe, tmp_path, [("none", "nvme"), ("nvme", "nvme")] if world.size == 1 else [("none", "nvme")])
+
+
+@pytest.mark.parametrize("world", [1, 2], indirect=True)
+def test_frozen_parameters_and_recomputation(world: World, tmp_path: Path) -> None:
+    compare(world, dataclasses.replace(MLP, model=models.build_lora), tmp_path, [("nvme", "nvme")])
+    recomputed = functools.partial(models.build_gpt, checkpointing="non_reentrant")
+    compare(world, dataclasses.replace(GPT, model=recomputed), tmp_path, [("nvme", "nvme")])
