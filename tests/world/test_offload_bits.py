@@ -69,13 +69,18 @@ def with_momentum(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, nesterov=True)
 
 
+def adagrad(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """It has state before its first step."""
+    return torch.optim.Adagrad(model.parameters(), lr=1e-2, initial_accumulator_value=0.1)
+
+
 def muon_and_adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     """It needs whole matrices."""
     return build_optimizer("Muon", {"lr": 1e-2}, list(model.parameters()), model)
 
 
 @pytest.mark.parametrize("world", [1, 2], indirect=True)
-@pytest.mark.parametrize("optimizer", [fused, with_momentum], ids=["fused", "sgd"])
+@pytest.mark.parametrize("optimizer", [fused, with_momentum, adagrad], ids=["fused", "sgd", "adagrad"])
 def test_other_steps(
     world: World, optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer], tmp_path: Path
 ) -> None:

@@ -46,7 +46,7 @@ class StreamedOptimizer(ShardedOptimizer):
     """Steps ``inner`` over this rank's runs, of which some rest in stores.
 
     Args:
-        inner: the user's optimizer; it must not have stepped yet.
+        inner: the user's optimizer.
         traits: what ``probe_optimizer`` measured.
         units: all units.
         max_run_numel: elements that one run may hold.
@@ -61,11 +61,6 @@ class StreamedOptimizer(ShardedOptimizer):
         max_run_numel: int,
         depth: int,
     ) -> None:
-        if inner.state:
-            raise ConfigError(
-                f"the {type(inner).__name__} has state before its first step, which offload_optimizer would have to "
-                "move. Expected a new optimizer whose state is made by its steps."
-            )
         if not traits.streamable:
             raise ConfigError(
                 f"{type(inner).__name__} gives other results when it steps its parameters one after the other, and "
@@ -90,6 +85,25 @@ class StreamedOptimizer(ShardedOptimizer):
             for span in spans
             for group, part in segment.layout.runs(span, self._max_run_numel)
         ]
+
+    def _take_over_state(self) -> None:
+        """What was made for the user's parameters (Adagrad makes it at once) moves to the runs, and on to the store."""
+        super()._take_over_state()
+        for run in (run for runs in self._runs.values() for run in runs):
+            if run.segment.states is not None and run.tensor in self.inner.state:
+                elementwise, _ = split_state(self.inner.state[run.tensor], run.tensor)
+                for kind, value in elementwise.items():
+                    run.segment.states.write(self._known(kind, run.segment.states), run.span, value.reshape(-1))
+                    del self.inner.state[run.tensor][kind]
+                self._kept[run.tensor] = frozenset(elementwise)
+
+    def _known(self, kind: str, states: ShardStates) -> str:
+        if kind not in states.plan.state_kinds:
+            raise ConfigError(
+                f"{type(self.inner).__name__} has made a state {kind!r} that it did not make when it was tried. "
+                "offload_optimizer has no room for it: set its device to none."
+            )
+        return kind
 
     # ------------------------------------------------------------------------------------------------------ step
 
@@ -197,12 +211,7 @@ class StreamedOptimizer(ShardedOptimizer):
         tensor, plan = run.tensor, states.plan
         elementwise, _ = split_state(self.inner.state[tensor], tensor)
         for kind, value in elementwise.items():
-            if kind not in plan.state_kinds:
-                raise ConfigError(
-                    f"{type(self.inner).__name__} has made a state {kind!r} that it did not make when it was tried. "
-                    "offload_optimizer has no room for it: set its device to none."
-                )
-            place = loaded.values(kind, run.span).view(tensor.shape)
+            place = loaded.values(self._known(kind, states), run.span).view(tensor.shape)
             if place.data_ptr() != value.data_ptr():
                 place.copy_(value)
             del self.inner.state[tensor][kind]
