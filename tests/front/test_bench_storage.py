@@ -44,6 +44,8 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in the background of a shell they ignore it, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list(place.glob("*/*/rank_0.survey")) and process.poll() is None:
         time.sleep(0.01)
