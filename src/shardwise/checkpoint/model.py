@@ -618,20 +618,25 @@ class Loading:
     @torch.no_grad()
     def install(self, step: int) -> None:
         """Change the rest. Collective."""
-        trained, comm = self._trained, self._trained.comm
+        trained = self._trained
         for name, value in self._buffers.items():
             trained.references[name].copy_(value)
         for change in self._installs:
             change()
-        publications = [
-            segment.parameters.publish(CollectiveId("publication of a load", f"{unit.name}[{number}]", step))
-            for unit in trained.units
-            for number, segment in enumerate(unit.segments)
-        ]
-        comm.publish()
-        for publication in publications:
-            publication.wait()
-        comm.exchange(CollectiveId("end of a load", "", step), b"")
+        publish_loaded(trained.comm, trained.units, step)
+
+
+def publish_loaded(comm: Communicator, units: Sequence[Unit], step: int) -> None:
+    """Bring what was loaded to where parameters are whole; nobody reads them before all have. Collective."""
+    publications = [
+        segment.parameters.publish(CollectiveId("publication of a load", f"{unit.name}[{number}]", step))
+        for unit in units
+        for number, segment in enumerate(unit.segments)
+    ]
+    comm.publish()
+    for publication in publications:
+        publication.wait()
+    comm.exchange(CollectiveId("end of a load", "", step), b"")
 
 
 def _digest(tensor: torch.Tensor) -> str:

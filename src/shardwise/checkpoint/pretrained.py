@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from shardwise import torch_compat
-from shardwise.checkpoint.model import IncompatibleKeys, Trained, slices_of
+from shardwise.checkpoint.model import IncompatibleKeys, Trained, publish_loaded, slices_of
 from shardwise.checkpoint.weights_file import Weights
 from shardwise.comm.base import CollectiveId
 from shardwise.errors import CheckpointError, ConfigError
@@ -317,13 +317,5 @@ def _load_engine(trained: Trained, path: str | os.PathLike[str], strict: bool) -
             values = torch.empty(tensor.numel(), dtype=tensor.dtype)
             plan.weights.read_into(name, 0, values)
             tensor.copy_(values.view(tensor.shape))
-    publications = [
-        segment.parameters.publish(CollectiveId("publication of a load", f"{unit.name}[{number}]", step))
-        for unit in trained.units
-        for number, segment in enumerate(unit.segments)
-    ]
-    comm.publish()
-    for publication in publications:
-        publication.wait()
-    comm.exchange(CollectiveId("end of a load", "", step), b"")
+    publish_loaded(comm, trained.units, step)
     return plan.keys
