@@ -231,3 +231,11 @@ def test_neither_numbers_nor_help_wait_for_torch(home: Path, words: str) -> None
     )
     assert ("Example: shardwise" if "--help" in words else "stage 3: parameters 0 B") in done.stdout
     assert not set(done.stderr.split()) & {"torch", "numpy", "transformers"}
+
+
+def test_what_rests_off_the_device_is_said(home: Path, command: Command) -> None:
+    nvme = '"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/fast"},'
+    (home / "nvme.json").write_text(JSON.replace('"zero_optimization": {', nvme))
+    code, out, _ = command("nvme.json", "-n", "4", "--parameters", "7B")
+    assert code == 0 and "off the device: optimizer state, masters, gradients in files." in out
+    assert "off the device" not in command("ds.json", "-n", "4", "--parameters", "7B")[1]

@@ -127,6 +127,8 @@ def _show_states(console: Console, states: States) -> None:
         console.print(grid)
     else:
         _line(console, "\n".join(lines))
+    if states.off_the_device:
+        _line(console, f"Of this config's, off the device: {'; '.join(states.off_the_device)}.")
     _line(console, "Activations and the units that are whole for a moment come on top.\n", "dim")
 
 
@@ -146,6 +148,7 @@ def _plain_states(states: States) -> dict[str, Any]:
         "num_ranks": states.num_ranks,
         "dtype": states.dtype,
         "optimizer": states.optimizer,
+        "off_the_device": states.off_the_device,
         "bytes_per_rank": [
             {"stage": found.stage, "in_force": found.in_force, **asdict(found.bytes), "total": found.bytes.total}
             for found in states.stages

@@ -34,6 +34,8 @@ class States:
     dtype: str
     optimizer: str
     stages: tuple[StageStates, ...]
+    off_the_device: tuple[str, ...]
+    """Which of them the config lets rest elsewhere: they are in the table all the same."""
 
 
 def parse_count(text: str) -> int:
@@ -64,7 +66,17 @@ def states_per_rank(config: EngineConfig | None, num_parameters: int, num_ranks:
         StageStates(stage, found, in_force=stage == config.zero_optimization.stage)
         for stage, found in _at_every_stage(num_parameters, num_ranks, compute_itemsize, num_tensors)
     )
-    return States(num_parameters, num_ranks, config.compute_dtype, optimizer, stages)
+    return States(num_parameters, num_ranks, config.compute_dtype, optimizer, stages, tuple(_off_the_device(config)))
+
+
+def _off_the_device(config: EngineConfig) -> Iterator[str]:
+    zero = config.zero_optimization
+    where = {"cpu": "host memory", "nvme": "files"}
+    if zero.offload_optimizer.device in where:
+        gradients = "" if zero.stage < 2 else ", gradients"
+        yield f"optimizer state, masters{gradients} in {where[zero.offload_optimizer.device]}"
+    if zero.offload_param.device in where:
+        yield f"parameters in {where[zero.offload_param.device]}"
 
 
 def _at_every_stage(
