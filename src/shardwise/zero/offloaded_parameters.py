@@ -36,6 +36,7 @@ class ShardPlace:
     extent: Extent
     staging: StagingSource
     near: NearShards
+    beside: Beside
 
 
 class NearShards:
@@ -100,7 +101,7 @@ class OffloadedParameters:
         self._comm = comm
         self._place = place
         self._dtype = dtype
-        self._beside = Beside(comm.device)
+        self._beside = place.beside
         memory = place.store.in_place(place.extent)
         self._memory = None if memory is None else memory.tensor(dtype, 0, span.numel)
         trained = trained and parameters[0].requires_grad

@@ -192,7 +192,9 @@ class Offloading:
             num_bytes = span.numel * dtype.itemsize
             self._largest_shard = max(self._largest_shard, (num_bytes, span.numel))
             extent = self._parameter_store.reserve(num_bytes)
-            parameters = ShardPlace(self._parameter_store, extent, self._staging_of_parameters, self._near)
+            parameters = ShardPlace(
+                self._parameter_store, extent, self._staging_of_parameters, self._near, self._beside
+            )
         return Places(parameters, states, trained)
 
     # ----------------------------------------------------------------------------------------------------- open

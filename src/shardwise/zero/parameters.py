@@ -23,7 +23,6 @@ from shardwise.comm.base import CollectiveId, Communicator, Done, Pending
 from shardwise.layout import Layout, Span
 from shardwise.precision import master_dtype
 from shardwise.store.base import Transfer
-from shardwise.zero.beside import Beside
 from shardwise.zero.guard import guard, guard_like
 from shardwise.zero.pieces import copy_whole
 from shardwise.zero.rest import InMemory, InStore, Rest
@@ -130,7 +129,7 @@ class ResidentParameters:
         self.full = comm.allocate(layout.numel, dtype)
         self.full.copy_(values)
         self._own = self.full[span.begin : span.end]
-        self._beside = Beside(comm.device)
+        self._beside = None if states is None else states.beside
         # The masters keep what the compute dtype rounds away.
         self._separate: torch.Tensor | None = None
         if states is not None and states.plan.holds(MASTER):
@@ -171,6 +170,7 @@ class ResidentParameters:
 
     def accept(self, span: Span, stepped: torch.Tensor) -> Sequence[Transfer]:
         """Into my slice, narrowed where it is narrower."""
+        assert self._beside is not None
         with self._beside.run():
             self.full[span.begin : span.end].copy_(stepped, non_blocking=True)
         return [self._beside.end()]
@@ -179,7 +179,8 @@ class ResidentParameters:
         """Narrow my masters into my slice, then fetch the other owners' slices where the optimizer is sharded."""
         if self._separate is not None:
             self._own.copy_(self._separate)
-        self._beside.join()
+        if self._beside is not None:
+            self._beside.join()
         if not self._sharded_optimizer:
             return Done()
         # The readers of shared memory wait for the owners' signal, which comes after the last narrowing of all buffers.
@@ -229,7 +230,7 @@ class ShardedParameters:
         wide_dtype = master_dtype(dtype) if trainable else dtype
         values = initial_values(layout, parameters, wide_dtype, comm)
         owned = values[span.begin : span.end]
-        self._beside = Beside(comm.device)
+        self._beside = None if states is None else states.beside
         if states is not None and states.plan.holds(MASTER):
             self.shard = comm.allocate(span.numel, dtype)
             states.write(MASTER, span, owned)
@@ -284,13 +285,15 @@ class ShardedParameters:
 
     def accept(self, span: Span, stepped: torch.Tensor) -> Sequence[Transfer]:
         """Into the shard, narrowed where it is narrower."""
+        assert self._beside is not None
         with self._beside.run():
             self._part(span).copy_(stepped, non_blocking=True)
         return [self._beside.end()]
 
     def publish(self, identity: CollectiveId) -> Pending:
         """The next gather reads the shards themselves."""
-        self._beside.join()
+        if self._beside is not None:
+            self._beside.join()
         return Done()
 
     def load(self, slot: int, value: torch.Tensor) -> None:

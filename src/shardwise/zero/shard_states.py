@@ -154,7 +154,7 @@ class ShardStates:
         self, store: Store, staging: StagingSource, beside: Beside, plan: WindowPlan, spans: Sequence[Span]
     ) -> None:
         self.plan = plan
-        self._beside = beside
+        self.beside = beside
         # Where the store is memory that is worked on in place, the parameters' values have a place there, too.
         size = plan.memory_bytes if isinstance(store, HostMemory) else plan.kept_bytes
         self.windows = [Window(span, store.reserve(size(span.numel))) for span in spans]
@@ -172,7 +172,7 @@ class ShardStates:
         memory = self._store.in_place(window.extent)
         if memory is not None:
             # Gradients may still be on their way from the device.
-            return Loaded(self.plan, window, memory, [self._beside.end()])
+            return Loaded(self.plan, window, memory, [self.beside.end()])
         slab = self._staging().take_to_read()
         end = self._end(kinds, window)
         return Loaded(self.plan, window, slab, [self._store.start_read(window.extent, 0, slab.bytes(0, end))])
@@ -214,9 +214,9 @@ class ShardStates:
             memory = self._store.in_place(extent)
             dtype, num_bytes = self.plan.dtype(kind), common.numel * self.plan.dtype(kind).itemsize
             if memory is not None:
-                with self._beside.run():
+                with self.beside.run():
                     target.copy_(memory.tensor(dtype, begin, common.numel), non_blocking=True)
-                self._beside.join()
+                self.beside.join()
                 continue
             slab = self._staging().take_to_read()
             try:
@@ -232,9 +232,9 @@ class ShardStates:
             memory = self._store.in_place(extent)
             dtype, num_bytes = self.plan.dtype(kind), common.numel * self.plan.dtype(kind).itemsize
             if memory is not None:
-                with self._beside.run():
+                with self.beside.run():
                     memory.tensor(dtype, begin, common.numel).copy_(source, non_blocking=True)
-                self._beside.holds(source)
+                self.beside.holds(source)
                 continue
             slab = self._staging().take()
             slab.tensor(dtype, 0, common.numel).copy_(source)
