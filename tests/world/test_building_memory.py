@@ -109,7 +109,7 @@ def use(way, width, depth):
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
               "shardwise": {"transport": "process_group"}}
     engine, *_ = shardwise.initialize(model=model, config=config, device="cpu")
-    shards = sum(segment.parameters.resting.sum().item() for unit in engine._units for segment in unit.segments)
+    shards = sum(segment.parameters.resting.load().sum().item() for unit in engine._units for segment in unit.segments)
     engine.close()
     return shards
 

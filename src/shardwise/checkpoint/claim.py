@@ -48,7 +48,7 @@ class Claims:
             is_locked = _lock(descriptor)
             if is_locked and holder != myself:
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, myself, 0)
+                os.write(descriptor, myself)
         except BlockingIOError:
             os.close(descriptor)
             raise CheckpointError(
