@@ -35,7 +35,7 @@ def read(directory: Path, tag: str | None = None) -> int:
     with Checkpoint(own) as checkpoint:
         found = checkpoint.shared()
         number = int(found["number"])
-        assert checkpoint.world == SIZE
+        assert checkpoint.manifest.world == SIZE
         assert torch.equal(found["tensor"], value_of(number, -1)["tensor"])
         for rank in range(SIZE):
             mine = checkpoint.of_rank(rank)

@@ -40,7 +40,7 @@ def train_and_export(directory: str, stage: int, settings: dict[str, Any]) -> Pa
         engine.export_dcp(f"{directory}/live")
         engine.save_checkpoint(f"{directory}/own")
         weights = [
-            ("weight", part.name, part.within_parameter.begin, part.values.detach().float().clone())
+            ("weight", part.name, part.within_parameter.begin, part.values.load().detach().float().clone())
             for unit in engine.trained().units
             for segment in unit.segments
             for part in slices_of(segment, segment.parameters.master_span)

@@ -318,6 +318,10 @@ class SavedModel:
         """Note that ``out`` [span] is to be filled with those elements of a parameter."""
         self._read_later(WEIGHT, name, span, out)
 
+    def read_weight_now(self, name: str, span: Span, out: torch.Tensor) -> None:
+        """Fill ``out`` [span], at once."""
+        self._read(WEIGHT, name, span, out)
+
     def _read_later(self, kind: str, name: str, span: Span, out: torch.Tensor) -> None:
         for file, key, common, begin in self._overlaps(kind, name, span):
             place = common.shift(-span.begin)
@@ -408,6 +412,15 @@ class SavedModel:
     def read_state(self, kind: str, name: str, within_parameter: Span, out: torch.Tensor) -> None:
         """Note that ``out`` is to be filled with those elements; it is, at the end of a ``Loading``'s first phase."""
         self._read_later(state_kind(kind), name, within_parameter, out)
+
+    def check_state(self, kind: str, name: str, within_parameter: Span) -> None:
+        """Note that the bytes of those elements are to be checked."""
+        for file, key, common, begin in self._overlaps(state_kind(kind), name, within_parameter):
+            self.files.check(file, key, common.begin - begin, common.end - begin)
+
+    def read_state_now(self, kind: str, name: str, within_parameter: Span, out: torch.Tensor) -> None:
+        """Fill ``out``, at once."""
+        self._read(state_kind(kind), name, within_parameter, out)
 
 
 @dataclass(frozen=True)
@@ -602,8 +615,7 @@ class Loading:
                     self._saved.read_weight(name, span, rest.tensor)
                 else:
                     values = torch.empty(span.numel, dtype=rest.dtype)
-                    self._saved.read_weight(name, span, values)
-                    self._settle()
+                    self._saved.read_weight_now(name, span, values)
                     rest.save(values)
         self._settle()
 

@@ -31,9 +31,9 @@ class Whole:
         flat = torch.empty(math.prod(self.shape), dtype=self.dtype)
         span = Span(0, flat.numel())
         if self.kind is None:
-            self.saved.read_weight(self.name, span, flat)
+            self.saved.read_weight_now(self.name, span, flat)
         else:
-            self.saved.read_state(self.kind, self.name, span, flat)
+            self.saved.read_state_now(self.kind, self.name, span, flat)
         return flat.view(self.shape)
 
 

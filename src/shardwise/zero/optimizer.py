@@ -66,7 +66,13 @@ class SavedStates(Protocol):
         """What there is one of for the whole parameter; a new copy."""
 
     def read_state(self, kind: str, name: str, within_parameter: Span, out: torch.Tensor) -> None:
-        """Fill ``out`` [part] with those elements."""
+        """Fill ``out`` [part] with those elements, before anything is installed."""
+
+    def check_state(self, kind: str, name: str, within_parameter: Span) -> None:
+        """See that those elements can be read, before anything is installed."""
+
+    def read_state_now(self, kind: str, name: str, within_parameter: Span, out: torch.Tensor) -> None:
+        """Fill ``out`` [part] with those elements at once."""
 
 
 class ShardedOptimizer:

@@ -245,7 +245,7 @@ class StreamedOptimizer(ShardedOptimizer):
         self._kept.clear()
 
     def _read_state(self, run: Run, saved: SavedStates) -> Callable[[], None]:
-        """Twice: to check it before anything changes, and to bring it to the store."""
+        """Checked before anything changes, and brought to the store piece by piece."""
         if run.segment.states is None:
             return super()._read_state(run, saved)
         pieces = list(run.segment.layout.pieces(run.span))
@@ -259,20 +259,20 @@ class StreamedOptimizer(ShardedOptimizer):
                 f"{type(self.inner).__name__} with the present settings does not make it."
             )
 
-        def bring(states: ShardStates | None) -> None:
-            for kind in kinds:
-                for piece in pieces:
-                    values = torch.empty(piece.within_buffer.numel)
-                    saved.read_state(kind, run.segment.names[piece.slot], piece.within_parameter, values)
-                    if states is not None:
-                        states.write(kind, piece.within_buffer, values)
+        states, names = run.segment.states, run.segment.names
+        for kind in kinds:
+            for piece in pieces:
+                saved.check_state(kind, names[piece.slot], piece.within_parameter)
 
         def install() -> None:
             self.inner.state[run.tensor] = others
             self._kept[run.tensor] = frozenset(kinds)
-            bring(run.segment.states)
+            for kind in kinds:
+                for piece in pieces:
+                    values = torch.empty(piece.within_buffer.numel, dtype=states.plan.dtype(kind))
+                    saved.read_state_now(kind, names[piece.slot], piece.within_parameter, values)
+                    states.write(kind, piece.within_buffer, values)
 
-        bring(None)
         return install
 
     # --------------------------------------------------------------------------------------------------------- end
