@@ -55,7 +55,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recording]
 def masters(engine: Any) -> list[tuple[str, str, int, torch.Tensor]]:
     """This rank's part of the weights, as the optimizer steps them."""
     return [
-        ("weight", part.name, part.within_parameter.begin, part.values.detach().clone())
+        ("weight", part.name, part.within_parameter.begin, part.values.load().detach().clone())
         for unit in engine.trained().units
         for segment in unit.segments
         for part in slices_of(segment, segment.parameters.master_span)

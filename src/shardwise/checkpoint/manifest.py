@@ -204,9 +204,14 @@ def _model_from_json(data: Any, world: int, path: Path) -> ModelRecord:
     buffers = checked.table(data["buffers"], lambda owners: checked.members(owners, file))
     if not all(owners and owners[0] == 0 for owners in buffers.values()):
         raise ValueError("a buffer that rank 0 did not write")
-    optimizer = checked.optional(data["optimizer"], lambda told: checked.record(told, "class", "groups"))
+    optimizer = checked.optional(data["optimizer"], lambda told: checked.table(told, checked.anything))
     if optimizer is not None:
+        # Others' files do not name the class: of what was converted from them, those that make such state are listed.
+        listed = ("classes",) if "classes" in optimizer else ()
+        checked.record(optimizer, "class", "groups", *listed)
         checked.text(optimizer["class"])
+        if listed:
+            checked.members(optimizer["classes"], checked.text)
         checked.members(optimizer["groups"], lambda group: checked.table(group, checked.anything))
     counters = checked.table(data["counters"], checked.integer)
     if missing := {"global_steps", "micro_steps", "skipped_steps", "num_passes"} - set(counters):
