@@ -299,7 +299,7 @@ def test_a_unit_that_was_put_away_in_between_is_a_wrong_state() -> None:
 def test_nothing_is_put_away_while_it_is_held() -> None:
     house = House([10, 10], Budgets(reuse_distance=0))
     house.schedule.hold(house.units)
-    house.schedule.hold(house.units[:1])
+    house.schedule.hold(house.blocks[:1])
     house.log.clear()
     house.forward("ab")
     house.backward("ab")
@@ -308,7 +308,7 @@ def test_nothing_is_put_away_while_it_is_held() -> None:
     assert all(unit.training_state is TrainingState.IDLE for unit in house.units)
     house.schedule.release(house.units)
     assert house.whole() == "a"
-    house.schedule.release(house.units[:1])
+    house.schedule.release(house.blocks[:1])
     house.assert_home()
 
 

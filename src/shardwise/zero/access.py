@@ -128,7 +128,7 @@ def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
     with _nobody_reads(own):
         own.resting(part).save(value)
         if own.comm.size == 1:
-            own.home.load(own.index, own.resting(part).load().clone())
+            own.home.load(own.index, own.resting(part).load().clone().view(own.slot.shape))
     if own.unit.is_sharded and own.unit.is_whole:
         param.data.copy_(_assemble(own, own.resting(part).load(), own.home.resting.dtype))
 
