@@ -511,6 +511,17 @@ def load_state_dict_from_zero_checkpoint(
     return model
 
 
+def _return_freed_memory() -> None:
+    """Tensors of a megabyte or more go back to the system as they are freed, in this process from now on.
+
+    glibc would keep them once it has seen some, and with small ones in the gaps its heap grows beyond what is held.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+    except (OSError, AttributeError):
+        return  # another C library
+
+
 def convert_zero_checkpoint_to_fp32_state_dict(
     checkpoint_dir: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
@@ -533,6 +544,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         dtype: fp32, fp16 or bf16.
         model: which one, where several were saved together.
     """
+    _return_freed_memory()
     directory, output = Path(checkpoint_dir), Path(output_dir)
     tag = find_tag(directory, tag)
     print(f"Processing zero checkpoint at {os.path.normpath(directory / tag)}")
