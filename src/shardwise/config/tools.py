@@ -7,7 +7,6 @@ from pydantic import Field
 from shardwise.config.effects import Acts, NoEffect, Unsupported
 from shardwise.config.values import Block, Count, Foreign, Name, Names, NonNegative, PositiveCount, SignedCount
 
-_NO_NVME = NoEffect("nothing is read from or written to NVMe")
 _NO_FILES = NoEffect(
     "it steers DeepSpeed's files; the engine's own load in any world, and its ranks always agree on tags"
 )

@@ -39,9 +39,6 @@ class Offload:
         return self != Offload()
 
 
-ON_DEVICE = Offload()
-
-
 @dataclass(frozen=True, slots=True)
 class Places:
     """Where the states of one flat buffer rest, as objects."""

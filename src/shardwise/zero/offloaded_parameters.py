@@ -113,7 +113,7 @@ class OffloadedParameters:
         """Masters in memory."""
         if states is not None and states.plan.holds(MASTER):
             self._rest_in_states(states, owned)
-        elif trained and (states is None or (self._memory is None and states.plan.values is None)):
+        elif trained and states is None:
             self._apart = self.master = owned.clone()
             self.resting: Rest = InMemory(self._apart)
         elif self._memory is not None:

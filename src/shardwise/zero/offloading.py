@@ -152,7 +152,7 @@ class Offloading:
 
     def _first_parameters_in_memory(self, buffers: Sequence[Buffer]) -> set[int]:
         """The buffers that ``max_in_cpu`` lets stay in memory although the others rest in a file."""
-        if self.wanted.parameter is not Place.NVME or "max_in_cpu" not in self._parameter.model_fields_set:
+        if self.wanted.parameter is not Place.NVME:
             return set()
         room, kept = self._parameter.max_in_cpu, set()
         for index, buffer in enumerate(buffers):
@@ -187,9 +187,7 @@ class Offloading:
             states = ShardStates(self._state_store, self._staging_of_states, self._beside, plan, spans)
         if offload.parameter is not Place.DEVICE:
             assert self._parameter_store is not None
-            own_master = trained and (states is None or states.plan.holds(MASTER))
-            dtype = buffer.dtype if own_master or not trained else master_dtype(buffer.dtype)
-            num_bytes = span.numel * dtype.itemsize
+            num_bytes = span.numel * buffer.dtype.itemsize
             self._largest_shard = max(self._largest_shard, (num_bytes, span.numel))
             extent = self._parameter_store.reserve(num_bytes)
             parameters = ShardPlace(
