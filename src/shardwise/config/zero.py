@@ -8,7 +8,7 @@ from pydantic import Field
 from shardwise.config.effects import Acts, Alias, DeepSpeedDefault, NoEffect, Unsupported, switched_off
 from shardwise.config.values import Block, Count, Foreign, Names, NonNegative, PositiveCount, Ratio, SignedCount, Stage
 
-_NO_CHECKPOINT = "it steers the loading of DeepSpeed's checkpoint files, which the engine does not read"
+_NO_CHECKPOINT = "checkpoints load alike whatever it says: fp32 masters, at any number of ranks, byte ranges alone"
 _WHOLE_UNITS = "units are gathered whole; name their classes in shardwise.unit_classes or leaf_module"
 
 _UNIT_SIZE = "a larger unit takes larger whole-parameter and gradient buffers, and fewer collectives"
