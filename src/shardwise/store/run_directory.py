@@ -168,7 +168,8 @@ def _remove_left_behind(home: Path) -> None:
         stuck += [
             f"{directory} (its lock file is gone)"
             for directory in sorted(home.iterdir())
-            if directory.is_dir() and not _lock_path(directory).exists()
+            # In this order: a run that ends removes its directory first, so a lock that goes last tells nothing.
+            if not _lock_path(directory).exists() and directory.is_dir()
         ]
     if stuck:
         _logger.warning("left by runs that have ended, and not to be removed from here: %s", ", ".join(stuck))
