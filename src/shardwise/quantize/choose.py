@@ -1,0 +1,29 @@
+"""Names of the configuration become a quantiser, once."""
+
+from __future__ import annotations
+
+from shardwise.errors import ConfigError
+from shardwise.layout import ALIGNMENT
+from shardwise.quantize.base import FORMATS, MAX_BLOCK, Quantizer
+from shardwise.quantize.expressions import Expressions
+
+
+def build_quantizer(format: str, block: int) -> Quantizer:
+    """The quantiser of a format.
+
+    Args:
+        format: "int8", "int4" or "fp8".
+        block: values that share a scale.
+
+    Raises:
+        ConfigError: the format is unknown, or the block does not fit.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"quantisation format {format!r} is unknown. Expected one of {', '.join(FORMATS)}.")
+    if block % ALIGNMENT or not 0 < block <= MAX_BLOCK:
+        near = min(max(round(block / ALIGNMENT), 1), MAX_BLOCK // ALIGNMENT) * ALIGNMENT
+        raise ConfigError(
+            f"a quantisation block of {block} elements does not fit: expected a multiple of {ALIGNMENT} from "
+            f"{ALIGNMENT} to {MAX_BLOCK}, such as {near}."
+        )
+    return Expressions(FORMATS[format], block)
