@@ -23,6 +23,10 @@ from dataclasses import dataclass, replace
 ALIGNMENT = 32
 """Elements: 128 bytes of fp32, 64 bytes of bf16, a cache line at least."""
 
+MAX_BLOCK = 4096
+"""Elements that may share a scale where values are quantised: longer blocks save no byte worth telling, and one outlier
+spoils more."""
+
 NO_GROUP = -1
 """Group of a parameter that no optimizer owns."""
 
@@ -150,23 +154,23 @@ def _align(position: int, alignment: int = ALIGNMENT) -> int:
     return -(-position // alignment) * alignment
 
 
-def _place(slots: Sequence[Slot], start: int) -> tuple[list[Slot], int]:
+def _place(slots: Sequence[Slot], start: int, alignment: int = ALIGNMENT) -> tuple[list[Slot], int]:
     """Give each slot its aligned offset from ``start`` on; returns them and the aligned end."""
     placed = []
     for slot in slots:
         placed.append(replace(slot, offset=start))
-        start = _align(start + slot.numel)
+        start = _align(start + slot.numel, alignment)
     return placed, start
 
 
-def even_layout(slots: Sequence[Slot], world: int) -> Layout:
+def even_layout(slots: Sequence[Slot], world: int, alignment: int = ALIGNMENT) -> Layout:
     """Cut into equal shards, anywhere, also inside a parameter: what an elementwise optimizer allows.
 
     Parameters of one optimizer group are laid next to each other (in their given order), so that a shard holds one
-    long run a group.
+    long run a group. Parameters and shards begin at multiples of ``alignment``, itself a multiple of ``ALIGNMENT``.
     """
-    placed, end = _place(sorted(slots, key=lambda slot: slot.group), 0)
-    shard = _align(-(-end // world))
+    placed, end = _place(sorted(slots, key=lambda slot: slot.group), 0, alignment)
+    shard = _align(-(-end // world), alignment)
     return Layout(tuple(placed), tuple(shard * rank for rank in range(world + 1)))
 
 

@@ -10,6 +10,7 @@ import gc
 import os
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -65,6 +66,11 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
             "Start at most one process a GPU, or ask for the CPU."
         )
     return torch.device("cuda", index)
+
+
+def local_rank(rank: int) -> int:
+    """Place of this process on its node, as its launcher says it; ``rank`` where none does: all on one node."""
+    return int(os.environ.get("LOCAL_RANK", rank))
 
 
 def init_distributed(
@@ -129,6 +135,7 @@ def _leave(group: weakref.ref[ProcessGroup], destroys: bool) -> None:
     process where it finds none. ``destroys``: the group is ended here where the script has not done so; with NCCL that
     may wait for kernels that never end.
     """
+    _subgroups.clear()
     gc.collect()  # an engine that nobody uses any more still holds the group: it is a circle of references
     if destroys and dist.is_initialized():
         dist.destroy_process_group()
@@ -145,6 +152,20 @@ def build_mesh(device: str | torch.device | None = None, timeout: timedelta = DE
     assert group is not None  # initialised just above
     control = group if chosen.type == "cpu" else _control_group(group, timeout)
     return Mesh(chosen, Axis("dp_shard", dist.get_rank(), dist.get_world_size(), group, control, timeout))
+
+
+_subgroups: dict[tuple[ProcessGroup, tuple[tuple[int, ...], ...]], ProcessGroup] = {}
+
+
+def split(world: ProcessGroup, partition: Sequence[Sequence[int]], timeout: timedelta) -> ProcessGroup:
+    """The process group of the part that this rank is in. Collective; made once for a partition of the ranks."""
+    key = (world, tuple(map(tuple, partition)))
+    if key not in _subgroups:
+        for old in [old for old in _subgroups if old[0] is not world]:
+            del _subgroups[old]  # a former world was destroyed, and its groups with it
+        group, _ = dist.new_subgroups_by_enumeration([list(part) for part in key[1]], timeout=timeout)
+        _subgroups[key] = group
+    return _subgroups[key]
 
 
 _control_groups: dict[ProcessGroup, ProcessGroup] = {}

@@ -414,9 +414,11 @@ def counts_its_traffic(transport: str) -> dict[str, Any]:
         shard = filled(comm, values(comm.rank, 1000, FP32))
         comm.publish()
         comm.all_gather(name(), torch.empty(comm.size * 1000, dtype=BF16), shard).wait()
-        gathered = comm.traffic.received_bytes.pop("all-gather")
+        gathered = comm.traffic.received_bytes["all-gather"]
+        comm.traffic.clear()
         comm.all_gather_in_place(name(), buffer, cuts).wait()
-        in_place = comm.traffic.received_bytes.pop("all-gather")
+        in_place = comm.traffic.received_bytes.get("all-gather")
+        comm.traffic.clear()
         comm.exchange(name("end"), b"")
         comm.reduce_scatter(name(), buffer, cuts, torch.empty(comm.my_span(cuts).numel), False).wait()
         comm.settle()

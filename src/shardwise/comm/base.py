@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from shardwise.comm.summary import CommsSummary
+from shardwise.comm.traffic import Traffic
 from shardwise.errors import CollectiveError, StateError
 from shardwise.layout import Span
 from shardwise.mesh import Axis
@@ -109,17 +110,6 @@ class Done:
         """Nothing to wait for."""
 
 
-@dataclass
-class Traffic:
-    """Bytes that this rank received, by operation; what a formula is compared with."""
-
-    received_bytes: dict[str, int] = field(default_factory=dict)
-
-    def count(self, operation: str, num_bytes: int) -> None:
-        """Add ``num_bytes`` to what came in by ``operation``."""
-        self.received_bytes[operation] = self.received_bytes.get(operation, 0) + num_bytes
-
-
 class Communicator(ABC):
     """Moves flat buffers between the ranks of one mesh axis.
 
@@ -144,7 +134,7 @@ class Communicator(ABC):
         self.factor_after_sum = 1.0 / axis.size
         """What a sum over ranks is multiplied by: by default that makes it the mean."""
         self._group = axis.group
-        self.traffic = Traffic()
+        self.traffic = Traffic(axis.rank, axis.size)
         self.log: list[str] = []
         """What this rank took part in since the log was last cleared: must be the same on every rank."""
         self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
@@ -253,6 +243,10 @@ class Communicator(ABC):
     @abstractmethod
     def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
         """Give every rank's ``payload`` (any length) to every rank; also a barrier. Host bytes, a few a step."""
+
+    def secondary_bytes(self) -> int:
+        """Bytes that the transport keeps of parameters and gradients to send less."""
+        return 0
 
     def settle(self) -> None:  # noqa: B027  (a waited collective is over everywhere on most transports)
         """Wait until no rank reads my gradient buffers any more."""

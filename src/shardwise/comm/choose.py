@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from shardwise.comm.base import Buckets, Communicator
+from shardwise.comm.hops import Hop
 from shardwise.comm.process_group import AllReduceNative, Native, OrderedMessages, OrderedNative
 from shardwise.comm.shared_memory import SharedMemory
 from shardwise.comm.single import SingleRank
 from shardwise.errors import ConfigError
 from shardwise.mesh import Mesh
+from shardwise.topology import Topology
+
+
+def build_hops(comm: Communicator, topology: Topology) -> tuple[Hop, Hop]:
+    """The two ways of a two-hop collective: inside the nodes of ``topology``, and across them. Collective.
+
+    Raises:
+        ConfigError: ``comm`` is not from messages or a backend, or the nodes differ in size.
+    """
+    if not isinstance(comm, OrderedMessages | Native):
+        raise ConfigError("quantised travel and hpZ need transport 'process_group' and more than one rank.")
+    if topology.ranks_per_node is None:
+        sizes = [topology.node_of.count(node) for node in range(topology.num_nodes)]
+        raise ConfigError(
+            f"nodes have {', '.join(map(str, sizes))} ranks: collectives in two hops need as many on each. Start the "
+            "same number of processes on every node."
+        )
+    inside = sorted({topology.inside(rank) for rank in range(topology.world)})
+    across = sorted({topology.across(rank) for rank in range(topology.world)})
+    return comm.hop(inside), comm.hop(across)
 
 
 def build_communicator(

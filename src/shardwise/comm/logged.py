@@ -129,7 +129,7 @@ class Logged(Relay):
             for (operation, unit, num_bytes), running in self._running.items()
         ]
         totals.sort(key=lambda t: (OPERATIONS.index(t.operation), -t.message_bytes, t.unit or ""))
-        return CommsSummary(tuple(totals), dict(self.traffic.received_bytes))
+        return CommsSummary(tuple(totals), self.traffic.by_route)
 
 
 class _Timed:

@@ -4,131 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup, Work
 
 from shardwise import torch_compat
 from shardwise.comm.base import (
-    LABEL_BYTES,
     Buckets,
     CollectiveId,
     Communicator,
     Cuts,
     InTurn,
     Pending,
-    different_paths,
-    label,
     mean_into,
     rounds,
-    text_of,
 )
-from shardwise.errors import CollectiveError
+from shardwise.comm.hops import BackendHop, Hop, MessagesHop, part_of
+from shardwise.comm.mailbox import Mailbox, Messages
+from shardwise.comm.native_work import NativeWork
+from shardwise.comm.traffic import wire_of
 from shardwise.layout import Span
-from shardwise.mesh import Axis
-
-
-class Mailbox:
-    """Point-to-point messages over gloo, each preceded by a header that says which collective it belongs to.
-
-    gloo itself would accept a message of another collective where the sizes agree, and end the process where they do
-    not. Here the header's tag counts collectives, so it always meets its counterpart; the payload's tag holds its size,
-    so payloads of different sizes never meet: the header tells what went wrong.
-    """
-
-    def __init__(self, rank: int, size: int, group: ProcessGroup, timeout: timedelta) -> None:
-        self.rank = rank
-        self.size = size
-        self.group = group
-        self.timeout = timeout
-        self._count = 0
-
-    def send(
-        self, identity: CollectiveId, outgoing: Sequence[torch.Tensor | None], incoming: Sequence[torch.Tensor | None]
-    ) -> _Messages:
-        """Start sending ``outgoing[r]`` to rank r and receiving ``incoming[r]`` from it; None where nothing travels."""
-        self._count += 1
-        messages = _Messages(self, identity)
-        header = torch.frombuffer(bytearray(label(identity)), dtype=torch.uint8)
-        tag = self._count % (1 << 15) << 16
-        for rank in range(self.size):
-            if rank == self.rank:
-                continue
-            messages.post_header(rank, header, tag)
-            source, target = outgoing[rank], incoming[rank]
-            if source is not None:
-                messages.keep(dist.isend(source, rank, group=self.group, tag=tag + _size_tag(source)), rank)
-            if target is not None:
-                messages.keep(dist.irecv(target, rank, group=self.group, tag=tag + _size_tag(target)), rank)
-        return messages
-
-    def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
-        """Every rank's payload, in rank order."""
-        length = torch.tensor([len(payload)])
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self.send(identity, [length] * self.size, lengths).wait()
-        lengths[self.rank] = length
-        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else None
-        boxes = [torch.empty(int(n), dtype=torch.uint8) if n else None for n in lengths]
-        self.send(identity, [data] * self.size, boxes).wait()
-        return [
-            payload if rank == self.rank else b"" if box is None else box.numpy().tobytes()
-            for rank, box in enumerate(boxes)
-        ]
-
-
-def _size_tag(tensor: torch.Tensor) -> int:
-    """1 to 65535: sizes that differ get tags that (all but surely) differ."""
-    return tensor.nbytes * 2654435761 % 65535 + 1
-
-
-class _Messages:
-    """The messages of one collective under way."""
-
-    def __init__(self, mailbox: Mailbox, identity: CollectiveId) -> None:
-        self._mailbox = mailbox
-        self._identity = identity
-        self._headers: list[tuple[int, torch.Tensor, Work | None]] = []
-        self._sent: list[tuple[Work | None, torch.Tensor]] = []
-        self._work: list[tuple[Work | None, int]] = []
-
-    def post_header(self, rank: int, header: torch.Tensor, tag: int) -> None:
-        group = self._mailbox.group
-        received = torch.empty(LABEL_BYTES, dtype=torch.uint8)
-        self._headers.append((rank, received, dist.irecv(received, rank, group=group, tag=tag)))
-        self._sent.append((dist.isend(header, rank, group=group, tag=tag), header))
-
-    def keep(self, work: Work | None, rank: int) -> None:
-        self._work.append((work, rank))
-
-    def wait(self) -> None:
-        """Headers first: a payload may never come where they differ."""
-        for rank, received, work in self._headers:
-            self._wait_one(work, rank)
-            found = received.numpy().tobytes()
-            if found != label(self._identity):
-                raise different_paths(self._mailbox.rank, str(self._identity), rank, text_of(found))
-        for work, rank in self._work:
-            self._wait_one(work, rank)
-        for work, _ in self._sent:
-            self._wait_one(work, self._mailbox.rank)
-        self._headers, self._work, self._sent = [], [], []
-
-    def _wait_one(self, work: Work | None, rank: int) -> None:
-        if work is None:
-            return
-        try:
-            work.wait(self._mailbox.timeout)
-        except RuntimeError as error:
-            raise CollectiveError(
-                f"rank {self._mailbox.rank} waits for rank {rank} in {self._identity}, which did not come within "
-                f"{self._mailbox.timeout.total_seconds():g} s or has ended. "
-                "Look for a rank that ran out of data, took another path or is stuck outside of training. "
-                f"The transport said: {str(error).splitlines()[0][:200]}"
-            ) from error
+from shardwise.mesh import Axis, split
 
 
 class OrderedMessages(Communicator):
@@ -162,9 +59,8 @@ class OrderedMessages(Communicator):
     def _fetch(self, identity: CollectiveId, buffer: torch.Tensor, spans: list[list[Span]]) -> Pending:
         def start(of_ranks: list[Span]) -> Pending:
             parts = [_part(buffer, span) for span in of_ranks]
-            self.traffic.count(
-                "all-gather", sum(p.nbytes for i, p in enumerate(parts) if i != self.rank and p is not None)
-            )
+            sizes = [(rank, part.nbytes) for rank, part in enumerate(parts) if part is not None]
+            self.traffic.from_ranks("all-gather", wire_of(buffer.dtype), sizes)
             return self._mailbox.send(identity, [parts[self.rank]] * self.size, parts)
 
         return InTurn(partial(start, of_ranks) for of_ranks in spans)
@@ -180,11 +76,16 @@ class OrderedMessages(Communicator):
             mine = buffer[span.begin : span.end]
             addends = [mine if rank == self.rank else torch.empty_like(mine) for rank in range(self.size)]
             messages = self._mailbox.send(identity, outgoing, [a if a.numel() else None for a in addends])
-            self.traffic.count("reduce-scatter", mine.nbytes * (self.size - 1))
+            sizes = [(rank, mine.nbytes) for rank in range(self.size)]
+            self.traffic.from_ranks("reduce-scatter", wire_of(buffer.dtype), sizes)
             local = span.shift(-cuts[self.rank])
             return _OrderedSum(messages, shard[local.begin : local.end], addends, accumulate, self.factor_after_sum)
 
         return InTurn(partial(start, of_ranks) for of_ranks in rounds(cuts, self._buckets.reduce_numel))
+
+    def hop(self, partition: Sequence[Sequence[int]]) -> Hop:
+        """By the same messages."""
+        return MessagesHop(self._mailbox, part_of(self.rank, partition), self.traffic)
 
     def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
         """Host bytes by the same messages."""
@@ -198,7 +99,7 @@ def _part(buffer: torch.Tensor, span: Span) -> torch.Tensor | None:
 class _OrderedSum:
     def __init__(
         self,
-        messages: _Messages,
+        messages: Messages,
         shard: torch.Tensor,
         addends: list[torch.Tensor],
         accumulate: bool,
@@ -232,6 +133,7 @@ class Native(Communicator):
         self._buckets = buckets
         assert axis.group is not None and axis.control_group is not None
         self._tensors = axis.group
+        self._timeout = axis.timeout
         self._gather_by_broadcast = gather_by_broadcast
         self._mailbox = Mailbox(axis.rank, axis.size, axis.control_group, axis.timeout)
 
@@ -241,16 +143,16 @@ class Native(Communicator):
         if output.dtype != shard.dtype:
             mine.copy_(shard)
             shard = mine
-        self.traffic.count("all-gather", output.nbytes - mine.nbytes)
-        return _NativeWork(identity, torch_compat.all_gather_single(output, shard, self._tensors))
+        self.traffic.by_backend("all-gather", wire_of(output.dtype), output.nbytes - mine.nbytes)
+        return NativeWork(identity, torch_compat.all_gather_single(output, shard, self._tensors))
 
     def _all_gather_in_place(self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts) -> Pending:
         """One all-gather; a broadcast by each owner for uneven cuts, several rounds, or where the user prefers it."""
         mine = self.my_slice(buffer, cuts)
-        self.traffic.count("all-gather", buffer.nbytes - mine.nbytes)
+        self.traffic.by_backend("all-gather", wire_of(buffer.dtype), buffer.nbytes - mine.nbytes)
         spans = rounds(cuts, self._buckets.gather_numel)
         if _even(cuts) and len(spans) == 1 and not self._gather_by_broadcast:
-            return _NativeWork(identity, torch_compat.all_gather_single(buffer, mine, self._tensors))
+            return NativeWork(identity, torch_compat.all_gather_single(buffer, mine, self._tensors))
 
         def start(of_ranks: list[Span]) -> Pending:
             works = [
@@ -258,7 +160,7 @@ class Native(Communicator):
                 for rank, span in enumerate(of_ranks)
                 if (part := _part(buffer, span)) is not None
             ]
-            return _NativeWork(identity, *works)
+            return NativeWork(identity, *works)
 
         return InTurn(partial(start, of_ranks) for of_ranks in spans)
 
@@ -270,11 +172,11 @@ class Native(Communicator):
         One reduce-scatter; a reduce to each owner for uneven cuts or several rounds.
         """
         mine = self.my_slice(buffer, cuts)
-        self.traffic.count("reduce-scatter", mine.nbytes * (self.size - 1))
+        self.traffic.by_backend("reduce-scatter", wire_of(buffer.dtype), mine.nbytes * (self.size - 1))
         spans = rounds(cuts, self._buckets.reduce_numel)
         if _even(cuts) and len(spans) == 1:
             total = torch.empty_like(mine)
-            work = _NativeWork(identity, torch_compat.reduce_scatter_single(total, buffer, self._tensors))
+            work = NativeWork(identity, torch_compat.reduce_scatter_single(total, buffer, self._tensors))
             return _NativeSum(work, shard, total, accumulate, self.factor_after_sum)
 
         def start(of_ranks: list[Span]) -> Pending:
@@ -283,9 +185,14 @@ class Native(Communicator):
                 for rank, span in enumerate(of_ranks)
                 if (part := _part(buffer, span)) is not None
             ]
-            return _NativeWork(identity, *works)
+            return NativeWork(identity, *works)
 
         return _NativeSum(InTurn(partial(start, r) for r in spans), shard, mine, accumulate, self.factor_after_sum)
+
+    def hop(self, partition: Sequence[Sequence[int]]) -> Hop:
+        """In a process group of its own."""
+        group = split(self._tensors, partition, self._timeout)
+        return BackendHop(self.rank, part_of(self.rank, partition), self.traffic, group)
 
     def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
         """Host bytes over the gloo group beside."""
@@ -300,8 +207,8 @@ class AllReduceNative(Native):
     ) -> Pending:
         """Sum the whole buffer everywhere, keep my slice."""
         mine = self.my_slice(buffer, cuts)
-        self.traffic.count("all-reduce", 2 * (buffer.nbytes - mine.nbytes))
-        work = _NativeWork(identity, dist.all_reduce(buffer, group=self._tensors, async_op=True))
+        self.traffic.by_backend("all-reduce", wire_of(buffer.dtype), 2 * (buffer.nbytes - mine.nbytes))
+        work = NativeWork(identity, dist.all_reduce(buffer, group=self._tensors, async_op=True))
         return _NativeSum(work, shard, mine, accumulate, self.factor_after_sum)
 
 
@@ -318,24 +225,10 @@ class OrderedNative(Native):
         work = dist.all_to_all_single(
             received, buffer, [mine.numel()] * self.size, send_sizes, group=self._tensors, async_op=True
         )
-        self.traffic.count("reduce-scatter", mine.nbytes * (self.size - 1))
+        sizes = [(rank, mine.nbytes) for rank in range(self.size)]
+        self.traffic.from_ranks("reduce-scatter", wire_of(buffer.dtype), sizes)
         addends = received.chunk(self.size)
-        return _ReceivedSum(_NativeWork(identity, work), shard, addends, accumulate, self.factor_after_sum)
-
-
-class _NativeWork:
-    def __init__(self, identity: CollectiveId, *works: Work | None) -> None:
-        self._identity = identity
-        self._works = list(works)
-
-    def wait(self) -> None:
-        for work in self._works:
-            if work is not None:
-                try:
-                    work.wait()
-                except RuntimeError as error:
-                    raise CollectiveError(f"{self._identity} failed: {error}") from error
-        self._works = []
+        return _ReceivedSum(NativeWork(identity, work), shard, addends, accumulate, self.factor_after_sum)
 
 
 class _NativeSum:
@@ -363,9 +256,9 @@ class _NativeSum:
 
 class _ReceivedSum:
     def __init__(
-        self, work: _NativeWork, shard: torch.Tensor, addends: Sequence[torch.Tensor], accumulate: bool, factor: float
+        self, work: NativeWork, shard: torch.Tensor, addends: Sequence[torch.Tensor], accumulate: bool, factor: float
     ) -> None:
-        self._work: _NativeWork | None = work
+        self._work: NativeWork | None = work
         self._shard = shard
         self._addends = addends
         self._accumulate = accumulate

@@ -73,6 +73,10 @@ class Relay(Communicator):
         """By the transport."""
         return self._inner.exchange(identity, payload)
 
+    def secondary_bytes(self) -> int:
+        """Those of the transport."""
+        return self._inner.secondary_bytes()
+
     def settle(self) -> None:
         """By the transport."""
         self._inner.settle()

@@ -58,6 +58,7 @@ from shardwise.comm.memory_file import (
     connect,
     fence,
 )
+from shardwise.comm.traffic import wire_of
 from shardwise.errors import CollectiveError
 from shardwise.mesh import Axis
 
@@ -192,7 +193,8 @@ class SharedMemory(Communicator):
             output[self.rank * numel : (self.rank + 1) * numel].copy_(shard)
             for peer in self._peers:
                 self._read_cast(peer, output[peer.rank * numel : (peer.rank + 1) * numel], offset, shard.dtype)
-            self.traffic.count("all-gather", shard.nbytes * len(self._peers))
+            sizes = [(peer.rank, shard.nbytes) for peer in self._peers]
+            self.traffic.from_ranks("all-gather", wire_of(shard.dtype), sizes)
 
         return _Gather(read)
 
@@ -206,7 +208,7 @@ class SharedMemory(Communicator):
                 part = buffer[cuts[peer.rank] : cuts[peer.rank + 1]]
                 if part.numel():
                     peer.read(bytes_of(part), start + cuts[peer.rank] * buffer.itemsize)
-                self.traffic.count("all-gather", part.nbytes)
+                self.traffic.from_ranks("all-gather", wire_of(buffer.dtype), [(peer.rank, part.nbytes)])
 
         return _Gather(read)
 
@@ -334,7 +336,8 @@ class SharedMemory(Communicator):
                     self._peer(rank).read(bytes_of(chunk), starts[rank] + at * itemsize)
                     addends.append(chunk)
             self._mean_chunk(reduction.shard[at : at + numel], addends, reduction.accumulate)
-        self.traffic.count("reduce-scatter", (end - begin) * itemsize * len(self._peers))
+        sizes = [(peer.rank, mine.nbytes) for peer in self._peers]
+        self.traffic.from_ranks("reduce-scatter", wire_of(mine.dtype), sizes)
         fence()
         self._words[CONSUMED] = reduction.index + 1
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardwise.comm.traffic import Route
+
 
 @dataclass(frozen=True, slots=True)
 class CollectiveTotal:
@@ -31,8 +33,16 @@ class CommsSummary:
 
     totals: tuple[CollectiveTotal, ...]
     """By axis and operation, the largest messages first."""
-    received_bytes: dict[str, int]
-    """What came in from other ranks, by operation."""
+    received: dict[Route, int]
+    """Bytes that came in from other ranks."""
+
+    @property
+    def received_bytes(self) -> dict[str, int]:
+        """The same, by operation."""
+        total: dict[str, int] = {}
+        for route, size in self.received.items():
+            total[route.operation] = total.get(route.operation, 0) + size
+        return total
 
     def __str__(self) -> str:
         if not self.totals:
@@ -44,5 +54,11 @@ class CommsSummary:
             + (f"  {t.unit}" if t.unit is not None else "")
             for t in self.totals
         ]
-        received = ", ".join(f"{size:,d} B by {name}" for name, size in self.received_bytes.items())
-        return "\n".join([head, *rows, *([f"received from other ranks: {received}"] if received else [])])
+        if not self.received:
+            return "\n".join([head, *rows])
+        received = [
+            f"{route.operation:<16}{route.wire:<12}{'other nodes' if route.across else 'same node':<12}{size:>18,d} B"
+            for route, size in self.received.items()
+        ]
+        columns = f"{'operation':<16}{'wire':<12}{'from':<12}{'received':>20}"
+        return "\n".join([head, *rows, "", columns, *received])

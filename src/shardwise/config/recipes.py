@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from shardwise.config.effects import Acts, NoEffect
-from shardwise.config.values import Block, Name, Names
+from shardwise.config.values import Block, Name, Names, PositiveCount
 
 
 class OptimizerConfig(Block):
@@ -70,6 +70,37 @@ class ShardwiseConfig(Block):
             "it reads fp32 masters, 4 bytes an element in every dtype",
         ),
     ] = "auto"
+    quantized_weights: Annotated[
+        Literal["int8", "int4", "fp8"],
+        Acts(
+            "the format of zero_quantized_weights",
+            cost="int8 and fp8 P bytes a gather, int4 P/2; of each value's block the largest magnitude times 1/254, "
+            "1/28 and 1/14 is the error at most",
+        ),
+    ] = "int8"
+    quantized_gradients: Annotated[
+        Literal["int4", "int8", "fp8"],
+        Acts("the format of zero_quantized_gradients", cost="int8 and fp8: twice int4's bytes"),
+    ] = "int4"
+    quantization_block: Annotated[
+        PositiveCount,
+        Acts(
+            "values that share a scale: a multiple of 32 up to 4096",
+            cost="4 bytes a block, 1.6 % of int8 and 3.1 % of int4 at 256; parameters begin at a block's begin",
+        ),
+    ] = 256
+    error_feedback: Annotated[
+        bool,
+        Acts(
+            "what quantisation takes from a gradient is added to the next one before that is quantised; not with fp16, "
+            "whose loss scale changes between the two, and not kept in checkpoints",
+            cost="b P + 4 P over the ranks of a node bytes on the device",
+        ),
+    ] = False
+    simulated_nodes: Annotated[
+        PositiveCount | None,
+        Acts("treat the ranks as if they were on so many nodes, neighbours together: for tests of ZeRO++ on one host"),
+    ] = None
     unit_classes: Annotated[
         Names | None,
         Acts(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from shardwise.config.messages import Fault
 from shardwise.config.schema import EngineConfig
+from shardwise.layout import ALIGNMENT, MAX_BLOCK
 
 
 def broken_rules(config: EngineConfig) -> Iterator[Fault]:
@@ -12,6 +13,7 @@ def broken_rules(config: EngineConfig) -> Iterator[Fault]:
     yield from _autocast_or_compute_dtype(config)
     yield from _room_for_the_loss_scale(config)
     yield from _one_division(config)
+    yield from _travel(config)
 
 
 def _one_compute_dtype(config: EngineConfig) -> Iterator[Fault]:
@@ -48,6 +50,48 @@ def _one_division(config: EngineConfig) -> Iterator[Fault]:
         yield Fault(
             ("prescale_gradients",),
             'found true, and gradient_allreduce_op is "sum", which divides nothing. Drop one of the two.',
+        )
+
+
+def _travel(config: EngineConfig) -> Iterator[Fault]:
+    zero, own = config.zero_optimization, config.shardwise
+    asked = {
+        "zero_hpz_partition_size": zero.zero_hpz_partition_size > 1,
+        "zero_quantized_weights": zero.zero_quantized_weights,
+        "zero_quantized_gradients": zero.zero_quantized_gradients,
+    }
+    for name in (name for name, wanted in asked.items() if wanted):
+        path = ("zero_optimization", name)
+        if zero.stage != 3:
+            yield Fault(path, f"found at stage {zero.stage}; ZeRO++ works on sharded parameters. Set stage to 3.")
+        if own.transport == "shared_memory":
+            yield Fault(
+                path,
+                'found, and shardwise.transport is "shared_memory", where nothing travels. Set the transport to '
+                '"process_group" or "auto".',
+            )
+    block = own.quantization_block
+    if block % ALIGNMENT or block > MAX_BLOCK:
+        near = min(max(round(block / ALIGNMENT), 1), MAX_BLOCK // ALIGNMENT) * ALIGNMENT
+        yield Fault(
+            ("shardwise", "quantization_block"),
+            f"found {block}; expected a multiple of {ALIGNMENT} up to {MAX_BLOCK}, such as {near}.",
+        )
+    if zero.zero_quantized_gradients and not zero.reduce_scatter:
+        yield Fault(
+            ("zero_optimization", "zero_quantized_gradients"),
+            "found true, and reduce_scatter is false, which averages by all-reduce. Drop one of the two.",
+        )
+    if own.error_feedback and not zero.zero_quantized_gradients:
+        yield Fault(
+            ("shardwise", "error_feedback"),
+            "found true, and no gradient is quantised. Set zero_optimization.zero_quantized_gradients to true.",
+        )
+    if own.error_feedback and config.scales_loss:
+        yield Fault(
+            ("shardwise", "error_feedback"),
+            "found true with fp16: what was left of one step would be added under the next one's loss scale. Use bf16, "
+            "or drop it.",
         )
 
 

@@ -239,13 +239,35 @@ class ZeroConfig(Block):
     ] = None
 
     zero_hpz_partition_size: Annotated[
-        Count, Unsupported("no secondary shard is kept inside a node", neutral=_not_positive)
+        Count,
+        Acts(
+            "hpZ, at stage 3: ranks that keep a secondary shard of the parameters among themselves, neighbours by "
+            "rank: those of a node. From the first gather of a step to the next step all gathers stay inside",
+            cost="b P/size bytes on the device (P/size with zero_quantized_weights); b P a step from other nodes "
+            "instead of 2 b P for every micro-batch",
+        ),
     ] = 1
-    zero_quantized_weights: Annotated[bool, Unsupported("parameters travel in the compute dtype")] = False
+    zero_quantized_weights: Annotated[
+        bool,
+        Acts(
+            "qwZ, at stage 3: parameters travel in the format of shardwise.quantized_weights, and every rank computes "
+            "with what it gets that way; masters stay exact",
+            cost="gathers of P bytes instead of b P; rounds parameters",
+        ),
+    ] = False
     zero_quantized_nontrainable_weights: Annotated[bool, Unsupported("frozen parameters keep their dtype")] = False
-    zero_quantized_gradients: Annotated[bool, Unsupported("gradients travel in communication_data_type")] = False
+    zero_quantized_gradients: Annotated[
+        bool,
+        Acts(
+            "qgZ, at stage 3: gradients travel in the format of shardwise.quantized_gradients, summed inside nodes "
+            "first and then across them; a step whose gradients are not finite is skipped in every dtype",
+            cost="P/2 bytes inside the node and P/2 over the ranks of a node from others, instead of b P; rounds "
+            "gradients twice",
+        ),
+    ] = False
     zeropp_loco_param: Annotated[
-        Foreign | None, Unsupported("it corrects quantised gradients, which are not offered", neutral=switched_off)
+        Foreign | None,
+        Unsupported("it is LoCo's error feedback; set shardwise.error_feedback to true for ours", neutral=switched_off),
     ] = None
     mics_shard_size: Annotated[
         SignedCount, Unsupported("states are sharded over all ranks", neutral=_not_positive)

@@ -1,6 +1,6 @@
 """Blockwise quantisation: floats become one byte or half a byte each, and one scale a block."""
 
-from shardwise.quantize.base import FORMATS, MAX_BLOCK, Quantizer
+from shardwise.quantize.base import FORMATS, Quantizer
 from shardwise.quantize.choose import build_quantizer
 
-__all__ = ["FORMATS", "MAX_BLOCK", "Quantizer", "build_quantizer"]
+__all__ = ["FORMATS", "Quantizer", "build_quantizer"]

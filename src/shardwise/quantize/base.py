@@ -22,11 +22,9 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.layout import ALIGNMENT
+from shardwise.layout import ALIGNMENT, MAX_BLOCK
 
 SCALE_BYTES = 4
-MAX_BLOCK = 4096
-"""Elements: a longer block saves no byte worth telling, and one outlier spoils more."""
 SMALLEST_SCALE = 2.0**-126
 """The smallest normal fp32: below it a scale would have no inverse."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from shardwise.errors import ConfigError
-from shardwise.layout import ALIGNMENT
-from shardwise.quantize.base import FORMATS, MAX_BLOCK, Quantizer
+from shardwise.layout import ALIGNMENT, MAX_BLOCK
+from shardwise.quantize.base import FORMATS, Quantizer
 from shardwise.quantize.expressions import Expressions
 
 

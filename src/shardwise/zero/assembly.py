@@ -9,18 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from shardwise.comm.averaging import Averaging, average_by
 from shardwise.comm.base import CollectiveId, Communicator
-from shardwise.comm.choose import build_communicator
-from shardwise.comm.logged import OPERATIONS, CommsLogSettings, Logged
 from shardwise.config import EngineConfig
-from shardwise.config.tools import CommsLoggerConfig
 from shardwise.errors import ConfigError
-from shardwise.layout import NO_GROUP, Layout, Slot, even_layout, whole_parameter_layout
-from shardwise.mesh import Mesh
+from shardwise.layout import ALIGNMENT, NO_GROUP, Layout, Slot, even_layout, whole_parameter_layout
 from shardwise.optim.probe import OptimizerTraits, probe_optimizer
 from shardwise.precision import DynamicLossScaler, LossScaler, Precision, StaticLossScaler, master_dtype
-from shardwise.zero.offload import Offload, Place, Places
+from shardwise.zero.offload import Offload, Places
 from shardwise.zero.offloading import Buffer, Offloading
 from shardwise.zero.optimizer import describe
 from shardwise.zero.sharding import STAGES, Sharding
@@ -55,7 +50,8 @@ def choose_loss_scaler(config: EngineConfig) -> LossScaler:
     """Dynamic or static for fp16, a constant 1 otherwise."""
     fp16 = config.fp16
     if not config.scales_loss:
-        return StaticLossScaler()
+        # A NaN makes the whole block that it is quantised in NaN: one that came by such a way is not applied.
+        return StaticLossScaler(skips_overflows=config.zero_optimization.zero_quantized_gradients)
     if fp16.loss_scale:
         return StaticLossScaler(fp16.loss_scale, skips_overflows=True)
     return DynamicLossScaler(
@@ -65,52 +61,6 @@ def choose_loss_scaler(config: EngineConfig) -> LossScaler:
         min_scale=fp16.min_loss_scale,
         consecutive_hysteresis=fp16.consecutive_hysteresis,
     )
-
-
-def connect(mesh: Mesh, config: EngineConfig, offload: Offload) -> Communicator:
-    """The transport that the configuration asks for. Collective."""
-    zero = config.zero_optimization
-    transport = config.shardwise.transport
-    if offload.parameter is not Place.DEVICE:
-        if transport == "shared_memory":
-            raise ConfigError(
-                "transport 'shared_memory' reads the other ranks' shards in their memory, and offload_param keeps them "
-                "elsewhere. Use transport 'process_group' or 'auto'."
-            )
-        transport = "process_group"
-    comm = build_communicator(
-        mesh,
-        transport,
-        config.shardwise.reduction,
-        reduce_scatter=zero.reduce_scatter,
-        allgather_partitions=zero.allgather_partitions,
-        reduce_bucket_numel=zero.reduce_bucket_size,
-        gather_bucket_numel=zero.allgather_bucket_size,
-    )
-    averaging = Averaging.of_settings(
-        comm.size,
-        prescale=config.prescale_gradients,
-        predivide_factor=config.gradient_predivide_factor,
-        is_mean=config.gradient_allreduce_op == "mean",
-    )
-    comm = average_by(comm, averaging)
-    if config.comms_logger.enabled and comm.size > 1:
-        comm = Logged(comm, mesh.dp_shard.name, comms_log_settings(config.comms_logger, comm.rank))
-    comm.check = config.shardwise.check_collectives
-    return comm
-
-
-def comms_log_settings(block: CommsLoggerConfig, rank: int) -> CommsLogSettings:
-    """What the configuration wants to see of the collectives; only rank 0 logs lines."""
-    operations = frozenset(OPERATIONS if block.prof_all else block.prof_ops)
-    unknown = sorted(operations - frozenset(OPERATIONS))
-    if rank == 0 and (unknown or not operations):
-        logger.warning(
-            "comms_logger.prof_ops names %s: no collective is called so. Those of this engine are %s.",
-            ", ".join(unknown) or "nothing",
-            ", ".join(OPERATIONS),
-        )
-    return CommsLogSettings(operations, by_unit=block.debug, each=block.verbose and rank == 0)
 
 
 def configuration_text(config: EngineConfig, indent: int | None = None) -> str:
@@ -246,17 +196,26 @@ def check_same_model(
 
 
 def plan_layouts(
-    planned: Sequence[tuple[UnitPlan, list[Blueprint]]], traits: OptimizerTraits, world: int
+    planned: Sequence[tuple[UnitPlan, list[Blueprint]]], traits: OptimizerTraits, world: int, alignment: int
 ) -> list[Layout]:
-    """The layout of each blueprint, in order."""
+    """The layout of each blueprint, in order; ``alignment`` of parameters and shards where these are even."""
     loads = [0] * world
     layouts: list[Layout] = []
     for blueprint in (blueprint for _, blueprints in planned for blueprint in blueprints):
         owned_whole = not traits.elementwise and any(slot.group != NO_GROUP for slot in blueprint.slots)
         layouts.append(
-            whole_parameter_layout(blueprint.slots, loads) if owned_whole else even_layout(blueprint.slots, world)
+            whole_parameter_layout(blueprint.slots, loads)
+            if owned_whole
+            else even_layout(blueprint.slots, world, alignment)
         )
     return layouts
+
+
+def alignment_of(config: EngineConfig) -> int:
+    """Elements; blocks that are quantised never hold values of two parameters or two shards."""
+    zero = config.zero_optimization
+    quantizes = zero.zero_quantized_weights or zero.zero_quantized_gradients
+    return config.shardwise.quantization_block if quantizes else ALIGNMENT
 
 
 def plan_places(

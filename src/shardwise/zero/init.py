@@ -29,12 +29,12 @@ from shardwise.optim.schedulers import build_scheduler
 from shardwise.precision import Precision
 from shardwise.zero.assembly import (
     Blueprint,
+    alignment_of,
     build_units,
     check_same_model,
     choose_loss_scaler,
     choose_precision,
     configuration_text,
-    connect,
     describe_optimizer,
     measure_optimizer,
     optimizer_groups,
@@ -42,6 +42,7 @@ from shardwise.zero.assembly import (
     plan_layouts,
     plan_places,
 )
+from shardwise.zero.connection import connect
 from shardwise.zero.construction import refuse_inside
 from shardwise.zero.dump import describe_state
 from shardwise.zero.engine import Engine
@@ -168,7 +169,7 @@ def _assemble(
 ) -> tuple[Engine, EngineOptimizer | None]:
     """Check that ranks agree, allocate, and put the engine together."""
     check_same_model(comm, planned, [f"configuration {configuration_text(settings)}", *describe_optimizer(optimizer)])
-    layouts = plan_layouts(planned, traits, comm.size)
+    layouts = plan_layouts(planned, traits, comm.size, alignment_of(settings))
     places = plan_places(offloading, planned, layouts)
     offloading.open()
     units = build_units(comm, planned, layouts, places, precision)

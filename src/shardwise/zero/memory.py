@@ -33,6 +33,8 @@ class MemoryReport:
     """Model states at rest by the formula of ``state_bytes``; equals ``states_bytes``."""
     num_parameters: int
     """Elements of the model's parameters, alignment not counted."""
+    secondary_bytes: int = 0
+    """Shards over the node that hpZ keeps between steps, and errors that are fed back to quantised gradients."""
     checkpoint_bytes: int = 0
     """Host memory that saves beside training copy to, kept from one to the next."""
 
@@ -43,8 +45,9 @@ class MemoryReport:
 
     @property
     def total_bytes(self) -> int:
-        """Model states, buffers and copies for saves; files apart."""
-        return self.states_bytes + self.buffers_bytes + self.host_bytes + self.checkpoint_bytes
+        """Model states, secondary shards, buffers and copies for saves; files apart."""
+        kept = self.secondary_bytes + self.checkpoint_bytes
+        return self.states_bytes + self.buffers_bytes + self.host_bytes + kept
 
     def __str__(self) -> str:
         rows = [
@@ -53,6 +56,7 @@ class MemoryReport:
             ("optimizer", self.optimizer_bytes),
             ("model states", self.states_bytes),
             ("  by formula", self.predicted_bytes),
+            *([("secondary", self.secondary_bytes)] if self.secondary_bytes else []),
             ("buffers", self.buffers_bytes),
             *([("host memory", self.host_bytes)] if self.host_bytes else []),
             *([("copy for saves", self.checkpoint_bytes)] if self.checkpoint_bytes else []),
@@ -95,5 +99,6 @@ def report_memory(
         nvme_bytes=offloading.nvme_bytes,
         predicted_bytes=predicted.total,
         num_parameters=sum(slot.numel for segment in segments for slot in segment.layout.slots),
+        secondary_bytes=comm.secondary_bytes(),
         checkpoint_bytes=checkpoint_bytes,
     )

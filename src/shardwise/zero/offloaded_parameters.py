@@ -21,7 +21,7 @@ from shardwise.layout import Layout, Span
 from shardwise.precision import master_dtype
 from shardwise.store.aligned import Slab
 from shardwise.store.base import Extent, Store, Transfer
-from shardwise.zero.beside import Beside
+from shardwise.store.beside import Beside
 from shardwise.zero.guard import guard
 from shardwise.zero.parameters import WholeBuffer, initial_values, load_owned
 from shardwise.zero.rest import InMemory, InStore, Rest

@@ -18,12 +18,12 @@ from shardwise.optim.probe import OptimizerTraits
 from shardwise.precision import master_dtype
 from shardwise.store.allocator import return_freed_memory
 from shardwise.store.base import Store
+from shardwise.store.beside import Beside
 from shardwise.store.direct_io import DirectIO
 from shardwise.store.host_memory import HostMemory
 from shardwise.store.io_settings import IOSettings
 from shardwise.store.run_directory import RunDirectory, new_run_id
 from shardwise.store.swap_file import SwapFile
-from shardwise.zero.beside import Beside
 from shardwise.zero.offload import ON_THE_DEVICE, Offload, Place, Places
 from shardwise.zero.offloaded_parameters import NearShards, ShardPlace
 from shardwise.zero.shard_states import (

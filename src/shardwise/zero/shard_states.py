@@ -21,8 +21,8 @@ import torch
 from shardwise.layout import Layout, Span
 from shardwise.store.aligned import Slab
 from shardwise.store.base import Extent, Store, Transfer, round_up
+from shardwise.store.beside import Beside
 from shardwise.store.host_memory import HostMemory
-from shardwise.zero.beside import Beside
 from shardwise.zero.rest import InStore
 from shardwise.zero.staging import Staging
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,10 @@ class _Reached(Transfer):
     def wait(self) -> None:
         """Keep the host until it does."""
         self._event.synchronize()
+
+
+def _nothing() -> None:
+    """What is started is done."""
 
 
 class Beside:
@@ -59,6 +63,13 @@ class Beside:
         """Its memory is not used for others before the second stream has done what it was given so far."""
         if self._stream is not None and tensor.device.type == "cuda":
             tensor.record_stream(self._stream)
+
+    def moment(self) -> Callable[[], None]:
+        """Call what this returns, and the caller's stream goes on when the second one has come to here."""
+        if self._stream is None:
+            return _nothing
+        event, device = self._stream.record_event(), self._device
+        return lambda: torch.cuda.current_stream(device).wait_event(event)
 
     def end(self) -> Transfer:
         """When the second stream has done what it was given so far."""
