@@ -89,6 +89,15 @@ class ShardwiseConfig(Block):
             cost="4 bytes a block, 1.6 % of int8 and 3.1 % of int4 at 256; parameters begin at a block's begin",
         ),
     ] = 256
+    frozen_weights: Annotated[
+        Literal["int8", "int4", "fp8"] | None,
+        Acts(
+            "at stage 3, the format in which parameters rest, on the device or off it, and travel that no optimizer "
+            "steps; null: as values, or as zero_quantized_nontrainable_weights says",
+            cost="1 byte a parameter (int4: half) instead of b; a block's largest magnitude times 1/254 for int8, 1/14 "
+            "for int4 and 1/28 for fp8 is the error at most",
+        ),
+    ] = None
     error_feedback: Annotated[
         bool,
         Acts(

@@ -70,6 +70,12 @@ def _travel(config: EngineConfig) -> Iterator[Fault]:
                 'found, and shardwise.transport is "shared_memory", where nothing travels. Set the transport to '
                 '"process_group" or "auto".',
             )
+    at_rest = {
+        ("zero_optimization", "zero_quantized_nontrainable_weights"): zero.zero_quantized_nontrainable_weights,
+        ("shardwise", "frozen_weights"): own.frozen_weights is not None,
+    }
+    for path in (path for path, wanted in at_rest.items() if wanted and zero.stage != 3):
+        yield Fault(path, f"found at stage {zero.stage}, which keeps parameters whole. Set stage to 3.")
     block = own.quantization_block
     if block % ALIGNMENT or block > MAX_BLOCK:
         near = min(max(round(block / ALIGNMENT), 1), MAX_BLOCK // ALIGNMENT) * ALIGNMENT

@@ -255,7 +255,14 @@ class ZeroConfig(Block):
             cost="gathers of P bytes instead of b P; rounds parameters",
         ),
     ] = False
-    zero_quantized_nontrainable_weights: Annotated[bool, Unsupported("frozen parameters keep their dtype")] = False
+    zero_quantized_nontrainable_weights: Annotated[
+        bool,
+        Acts(
+            "at stage 3, parameters that no optimizer steps rest and travel as int8, or in the format of "
+            "shardwise.frozen_weights: the base of LoRA, or the whole model where there is no optimizer",
+            cost="P/W bytes at rest and P a gather, instead of b P; rounds those parameters once",
+        ),
+    ] = False
     zero_quantized_gradients: Annotated[
         bool,
         Acts(

@@ -15,6 +15,8 @@ from shardwise.errors import ConfigError
 from shardwise.layout import ALIGNMENT, NO_GROUP, Layout, Slot, even_layout, whole_parameter_layout
 from shardwise.optim.probe import OptimizerTraits, probe_optimizer
 from shardwise.precision import DynamicLossScaler, LossScaler, Precision, StaticLossScaler, master_dtype
+from shardwise.quantize import build_quantizer
+from shardwise.zero.form import Codes
 from shardwise.zero.offload import Offload, Places
 from shardwise.zero.offloading import Buffer, Offloading
 from shardwise.zero.optimizer import describe
@@ -37,6 +39,8 @@ class Blueprint:
     """The dtype that they compute in."""
     trainable: bool
     sharding: Sharding
+    codes: Codes | None = None
+    """What it rests as, if not as values."""
 
 
 def choose_precision(config: EngineConfig) -> Precision:
@@ -134,6 +138,7 @@ def plan_blueprints(
     # An axis of one rank shards nothing: the row of plain data parallelism. What rests off the device does so in
     # shards, also of one.
     row = STAGES[zero.stage] if world > 1 or offload.is_any else STAGES[0]
+    at_rest = codes_of_frozen(config)
     persistent_row = Sharding(row.optimizer, row.gradient, parameter=False)
     threshold = zero.stage3_param_persistence_threshold or 0
     planned = []
@@ -148,10 +153,19 @@ def plan_blueprints(
                 Slot(name, tuple(p.shape), groups.get(p, NO_GROUP) if trainable else NO_GROUP)
                 for name, p in parameters.items()
             )
-            sharding = persistent_row if persistent else row
-            blueprints.append(Blueprint(slots, parameters, dtype, trainable, sharding))
+            codes = None if persistent or (trainable and groups) else at_rest
+            # Codes are fewer bytes than values on one rank, too.
+            sharding = persistent_row if persistent else row if codes is None else STAGES[zero.stage]
+            blueprints.append(Blueprint(slots, parameters, dtype, trainable, sharding, codes))
         planned.append((plan, blueprints))
     return planned
+
+
+def codes_of_frozen(config: EngineConfig) -> Codes | None:
+    """What parameters rest as that no optimizer steps; None: as values."""
+    zero, own = config.zero_optimization, config.shardwise
+    format = own.frozen_weights or ("int8" if zero.zero_quantized_nontrainable_weights else None)
+    return None if format is None else Codes(build_quantizer(format, own.quantization_block))
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer | None) -> list[str]:
@@ -214,7 +228,7 @@ def plan_layouts(
 def alignment_of(config: EngineConfig) -> int:
     """Elements; blocks that are quantised never hold values of two parameters or two shards."""
     zero = config.zero_optimization
-    quantizes = zero.zero_quantized_weights or zero.zero_quantized_gradients
+    quantizes = zero.zero_quantized_weights or zero.zero_quantized_gradients or codes_of_frozen(config) is not None
     return config.shardwise.quantization_block if quantizes else ALIGNMENT
 
 
@@ -225,7 +239,7 @@ def plan_places(
     blueprints = [blueprint for _, blueprints in planned for blueprint in blueprints]
     return offloading.plan(
         [
-            Buffer(layout, blueprint.dtype, blueprint.trainable, blueprint.sharding)
+            Buffer(layout, blueprint.dtype, blueprint.trainable, blueprint.sharding, blueprint.codes)
             for blueprint, layout in zip(blueprints, layouts, strict=True)
         ]
     )
@@ -246,7 +260,9 @@ def build_units(
         for blueprint in blueprints:
             layout, place = next(chosen)
             parameters = [blueprint.parameters[slot.name] for slot in layout.slots]
-            segments.append(build_segment(comm, layout, parameters, blueprint.sharding, precision, place))
+            segments.append(
+                build_segment(comm, layout, parameters, blueprint.sharding, precision, place, blueprint.codes)
+            )
         units.append(Unit(plan.name, index, plan.module, segments))
     return units
 
@@ -262,6 +278,12 @@ def equip_with_gradients(
     for unit in units:
         segments = []
         for segment in unit.segments:
+            if segment.trainable and segment.codes is not None:
+                raise ConfigError(
+                    f"an optimizer came to an engine that was built without one, and whose parameters rest quantised, "
+                    f"{segment.names[0]!r} among them. Pass the optimizer to initialize(), or drop "
+                    "shardwise.frozen_weights and zero_quantized_nontrainable_weights."
+                )
             if segment.trainable:
                 slots = tuple(
                     replace(slot, group=groups.get(parameter, NO_GROUP))

@@ -83,6 +83,7 @@ def report_memory(
             segment.trainable,
             segment.gradients is not None,
             segment.places,
+            None if segment.codes is None else segment.codes.numel,
         )
         for segment in segments
     )

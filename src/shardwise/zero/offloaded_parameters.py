@@ -22,8 +22,9 @@ from shardwise.precision import master_dtype
 from shardwise.store.aligned import Slab
 from shardwise.store.base import Extent, Store, Transfer
 from shardwise.store.beside import Beside
+from shardwise.zero.form import Codes, Form, Values
 from shardwise.zero.guard import guard
-from shardwise.zero.parameters import WholeBuffer, initial_values, load_owned
+from shardwise.zero.parameters import WholeBuffer, in_codes, initial_values, load_owned
 from shardwise.zero.rest import InMemory, InStore, Rest
 from shardwise.zero.shard_states import MASTER, ShardStates, StagingSource
 
@@ -77,11 +78,12 @@ class OffloadedParameters:
         comm: the transport; ranks of one host must not expect each other's shards in memory.
         layout: of the flat buffer.
         parameters: in the order of its slots.
-        dtype: that they compute in, and that the shard rests in.
+        dtype: that they compute in.
         span: this rank's shard.
         place: of the shard.
         states: where the optimizer's side rests, if that is off the device, too.
         trained: whether there is an optimizer; without one there are no masters.
+        codes: what the shard rests as, if not as values of ``dtype``; of parameters that no optimizer steps.
     """
 
     def __init__(
@@ -94,21 +96,25 @@ class OffloadedParameters:
         place: ShardPlace,
         states: ShardStates | None,
         trained: bool,
+        codes: Codes | None = None,
     ) -> None:
         self.layout = layout
         self.parameters = list(parameters)
         self.master_span = span
         self._comm = comm
         self._place = place
-        self._dtype = dtype
+        self._form: Form = Values(dtype) if codes is None else codes
+        self._dtype = self._form.dtype
+        self._resting_span = Span(0, self._form.numel(span.numel)).shift(span.begin)
+        """Of the array that rests, counted from where the shard begins: the shard itself, unless it rests as codes."""
         self._beside = place.beside
         memory = place.store.in_place(place.extent)
-        self._memory = None if memory is None else memory.tensor(dtype, 0, span.numel)
+        self._memory = None if memory is None else memory.tensor(self._dtype, 0, self._resting_span.numel)
         trained = trained and parameters[0].requires_grad
-        wide_dtype = master_dtype(dtype) if trained else dtype
+        wide_dtype = master_dtype(dtype) if trained else dtype if codes is None else codes.value_dtype
         values = initial_values(layout, parameters, wide_dtype, comm)
         owned = values[span.begin : span.end]
-        self._write(span, owned)
+        self._put(owned)
         self._apart: torch.Tensor | None = None
         """Masters in memory."""
         if states is not None and states.plan.holds(MASTER):
@@ -116,6 +122,9 @@ class OffloadedParameters:
         elif trained and states is None:
             self._apart = self.master = owned.clone()
             self.resting: Rest = InMemory(self._apart)
+        elif codes is not None:
+            self.resting = in_codes(codes, span, self._codes, self._save_codes)
+            self.master = owned[:0]
         elif self._memory is not None:
             self.resting = InMemory(self._memory)
             self.master = self._memory if trained else self._memory[:0]
@@ -143,6 +152,23 @@ class OffloadedParameters:
         self.master = guard(owned.shape, owned.dtype, torch.device("cpu"))
 
     # ---------------------------------------------------------------------------------------------------- store
+
+    def _put(self, values: torch.Tensor) -> None:
+        """Make the whole shard rest."""
+        if isinstance(self._form, Values):
+            self._write(self.master_span, values)
+            return
+        codes = torch.empty(self._resting_span.numel, dtype=self._dtype, device=values.device)
+        self._form.put(values, codes)
+        self._save_codes(codes)
+
+    def _codes(self) -> torch.Tensor:
+        codes = torch.empty(self._resting_span.numel, dtype=self._dtype)
+        self._read(self._resting_span, codes)
+        return codes
+
+    def _save_codes(self, codes: torch.Tensor) -> None:
+        self._write(self._resting_span, codes)
 
     def _read(self, span: Span, out: torch.Tensor) -> None:
         """Fill ``out`` [span] with elements of the shard."""
@@ -197,7 +223,7 @@ class OffloadedParameters:
         if not self._place.staging().num_free:
             self._place.near.make_room()
         slab = self._place.staging().take_to_read()
-        memory = slab.bytes(0, self.master_span.numel * self._dtype.itemsize)
+        memory = slab.bytes(0, self._resting_span.numel * self._dtype.itemsize)
         self._near = _Near(slab, self._place.store.start_read(self._place.extent, 0, memory))
         self._place.near.add(self)
 
@@ -237,14 +263,12 @@ class OffloadedParameters:
         if source is None:
             assert self._near is not None
             self._near.transfer.wait()
-            source = self._near.slab.tensor(self._dtype, 0, self.master_span.numel)
+            source = self._near.slab.tensor(self._dtype, 0, self._resting_span.numel)
         with self._beside.run():
-            if self._comm.size == 1:
-                self.full.copy_(source, non_blocking=True)
-                self._pending = Done()
-            else:
+            shard = source
+            if self._comm.size > 1 or not isinstance(self._form, Values):
                 shard = source.to(self._comm.device, non_blocking=True)
-                self._pending = _Holding(self._comm.all_gather(identity, self.full, shard), shard)
+            self._pending = _Holding(self._form.gather(self._comm, identity, self.full, shard), shard)
         self._give_slab_back(self._beside.end())
 
     def wait_unsharded(self) -> None:

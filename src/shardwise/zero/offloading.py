@@ -24,6 +24,7 @@ from shardwise.store.host_memory import HostMemory
 from shardwise.store.io_settings import IOSettings
 from shardwise.store.run_directory import RunDirectory, new_run_id
 from shardwise.store.swap_file import SwapFile
+from shardwise.zero.form import Codes
 from shardwise.zero.offload import ON_THE_DEVICE, Offload, Place, Places
 from shardwise.zero.offloaded_parameters import NearShards, ShardPlace
 from shardwise.zero.shard_states import (
@@ -46,6 +47,11 @@ class Buffer:
     dtype: torch.dtype
     trainable: bool
     sharding: Sharding
+    codes: Codes | None = None
+
+    def resting_bytes(self, num_values: int) -> int:
+        """Of a shard of so many parameters."""
+        return num_values * self.dtype.itemsize if self.codes is None else self.codes.numel(num_values)
 
 
 def plan_window(offload: Offload, buffer: Buffer, traits: OptimizerTraits, device_type: str) -> WindowPlan:
@@ -187,7 +193,7 @@ class Offloading:
             states = ShardStates(self._state_store, self._staging_of_states, self._beside, plan, spans)
         if offload.parameter is not Place.DEVICE:
             assert self._parameter_store is not None
-            num_bytes = span.numel * buffer.dtype.itemsize
+            num_bytes = buffer.resting_bytes(span.numel)
             self._largest_shard = max(self._largest_shard, (num_bytes, span.numel))
             extent = self._parameter_store.reserve(num_bytes)
             parameters = ShardPlace(

@@ -23,6 +23,7 @@ from shardwise.comm.base import CollectiveId, Communicator, Done, Pending
 from shardwise.layout import Layout, Span
 from shardwise.precision import master_dtype
 from shardwise.store.base import Transfer
+from shardwise.zero.form import Codes, Form, Values
 from shardwise.zero.guard import guard, guard_like
 from shardwise.zero.pieces import copy_whole
 from shardwise.zero.rest import InMemory, InStore, Rest
@@ -198,7 +199,7 @@ class ResidentParameters:
 
 
 class ShardedParameters:
-    """Only this rank's shard rests, in the master's dtype; a gather casts it on its way.
+    """Only this rank's shard rests, in the master's dtype, or as codes; a gather casts or decodes it on its way.
 
     While sharded the whole buffer's storage has no bytes: views that autograd saved stay views of it and are valid
     again once it is whole. The module's own parameters show NaN of the right shape meanwhile: a read outside of the
@@ -211,6 +212,7 @@ class ShardedParameters:
         dtype: that they compute in.
         span: this rank's shard.
         states: where the masters rest, if they are off the device: the shard then rests in ``dtype``.
+        codes: what the shard rests as, if not as values; of parameters that no optimizer steps.
     """
 
     def __init__(
@@ -221,13 +223,14 @@ class ShardedParameters:
         dtype: torch.dtype,
         span: Span,
         states: ShardStates | None = None,
+        codes: Codes | None = None,
     ) -> None:
         self.layout = layout
         self.parameters = list(parameters)
         self.master_span = span
         self._comm = comm
-        trainable = parameters[0].requires_grad
-        wide_dtype = master_dtype(dtype) if trainable else dtype
+        trainable = parameters[0].requires_grad and codes is None
+        wide_dtype = master_dtype(dtype) if trainable else dtype if codes is None else codes.value_dtype
         values = initial_values(layout, parameters, wide_dtype, comm)
         owned = values[span.begin : span.end]
         self._beside = None if states is None else states.beside
@@ -236,11 +239,18 @@ class ShardedParameters:
             states.write(MASTER, span, owned)
             self.resting: Rest = InStore(wide_dtype, span, partial(states.read, MASTER), self._save_to(states))
             self.master = guard(owned.shape, wide_dtype, torch.device("cpu"))
+            self._form: Form = Values(dtype)
+        elif codes is not None:
+            self.shard = comm.allocate(codes.numel(span.numel), codes.dtype)
+            self.resting = in_codes(codes, span, lambda: self.shard, self.shard.copy_)
+            self.master = owned[:0]
+            self._form = codes
         else:
             self.shard = comm.allocate(span.numel, wide_dtype)
             self.resting = InMemory(self.shard)
             self.master = self.shard if trainable else self.shard[:0]
-        self.shard.copy_(owned)
+            self._form = Values(wide_dtype)
+        self._form.put(owned, self.shard)
         self.whole = WholeBuffer(values, layout, parameters, dtype)
         self.full = self.whole.tensor
         self._pending: Pending | None = None
@@ -266,7 +276,7 @@ class ShardedParameters:
     def unshard(self, identity: CollectiveId) -> None:
         """Allocate the whole buffer and start the gather."""
         self.whole.allocate()
-        self._pending = self._comm.all_gather(identity, self.full, self.shard)
+        self._pending = self._form.gather(self._comm, identity, self.full, self.shard)
 
     def wait_unsharded(self) -> None:
         """Finish the gather and show the values."""
@@ -303,6 +313,30 @@ class ShardedParameters:
     def resting_bytes(self) -> tuple[int, int]:
         """The shard."""
         return self.shard.nbytes, 0
+
+
+def in_codes(
+    codes: Codes, span: Span, load: Callable[[], torch.Tensor], save: Callable[[torch.Tensor], object]
+) -> InStore:
+    """Values ``span`` that rest as codes: ``load`` gives all codes, and ``save`` replaces them."""
+
+    def values() -> torch.Tensor:
+        decoded = torch.empty(span.numel, dtype=codes.value_dtype)
+        codes.get(load().cpu(), decoded)
+        return decoded
+
+    def read(part: Span, out: torch.Tensor) -> None:
+        local = part.shift(-span.begin)
+        out.copy_(values()[local.begin : local.end])
+
+    def write(part: Span, new: torch.Tensor) -> None:
+        local, changed = part.shift(-span.begin), values()
+        changed[local.begin : local.end].copy_(new)
+        encoded = torch.empty(codes.numel(span.numel), dtype=codes.dtype)
+        codes.put(changed, encoded)
+        save(encoded)
+
+    return InStore(codes.value_dtype, span, read, write)
 
 
 class WholeBuffer:

@@ -5,7 +5,7 @@ Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Paramet
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from shardwise.errors import ConfigError
@@ -72,6 +72,7 @@ def state_bytes(
     trainable: bool,
     has_gradients: bool,
     places: Places = ON_THE_DEVICE,
+    codes_bytes: Callable[[int], int] | None = None,
 ) -> StateBytes:
     """What ``rank`` holds of one flat buffer in memory, before the optimizer's own state is counted.
 
@@ -81,6 +82,7 @@ def state_bytes(
 
     With W ranks and Adam's two moments this gives, in bytes a parameter, at stages 0 to 3: in fp32 16, 8 + 8/W,
     4 + 12/W, 16/W; in 16 bits 18, 6 + 12/W, 2 + 16/W, 16/W. What rests in a store is not in memory.
+    ``codes_bytes`` gives the bytes of a shard that rests quantised.
     """
     whole, shard = layout.numel, layout.shard(rank).numel
     in_memory = places.states is None
@@ -88,6 +90,8 @@ def state_bytes(
     if places.parameters is not None:
         separate_master = trainable and places.trained
     parameters = compute_itemsize * (shard if sharding.parameter else whole)
+    if codes_bytes is not None:
+        parameters, separate_master = codes_bytes(shard), False
     if places.parameters is not None or (separate_master and sharding.parameter and in_memory):
         parameters = 0
     has_gradients = has_gradients and (in_memory or not sharding.gradient)

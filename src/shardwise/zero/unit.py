@@ -21,6 +21,7 @@ from shardwise.comm.base import CollectiveId, Communicator, Pending
 from shardwise.errors import StateError
 from shardwise.layout import Layout
 from shardwise.precision import Precision, master_dtype
+from shardwise.zero.form import Codes
 from shardwise.zero.gradients import GradientHome, OnePass, ResidentGradients, TransientGradients
 from shardwise.zero.offload import ON_THE_DEVICE, Places
 from shardwise.zero.offloaded_gradients import OffloadedGradients
@@ -58,6 +59,8 @@ class Segment:
     gradients: GradientHome | None = None
     """None for frozen parameters, and for all where there is no optimizer."""
     places: Places = ON_THE_DEVICE
+    codes: Codes | None = None
+    """What the shard rests as, if not as values."""
 
     @property
     def states(self) -> ShardStates | None:
@@ -78,6 +81,7 @@ def build_segment(
     sharding: Sharding,
     precision: Precision,
     places: Places = ON_THE_DEVICE,
+    codes: Codes | None = None,
 ) -> Segment:
     """Choose the home that a row of the table names; the parameters become views into the flat buffer.
 
@@ -88,21 +92,22 @@ def build_segment(
         sharding: who holds what.
         precision: dtypes of compute and travel.
         places: where the states rest.
+        codes: what a sharded buffer that no optimizer steps rests as.
     """
     dtype = precision.of_parameter(parameters[0])
     span = comm.my_span(layout.cuts) if sharding.optimizer else layout.whole
     home: ParameterHome
     if places.parameters is not None:
         home = OffloadedParameters(
-            comm, layout, parameters, dtype, span, places.parameters, places.states, places.trained
+            comm, layout, parameters, dtype, span, places.parameters, places.states, places.trained, codes
         )
     elif sharding.parameter:
-        home = ShardedParameters(comm, layout, parameters, dtype, span, places.states)
+        home = ShardedParameters(comm, layout, parameters, dtype, span, places.states, codes)
     else:
         home = ResidentParameters(comm, layout, parameters, dtype, span, places.states)
     names = tuple(slot.name for slot in layout.slots)
     trainable = parameters[0].requires_grad
-    return Segment(layout, names, dtype, trainable, sharding, home, places=places)
+    return Segment(layout, names, dtype, trainable, sharding, home, places=places, codes=codes)
 
 
 def with_gradients(comm: Communicator, segment: Segment, precision: Precision, contiguous: bool) -> Segment:

@@ -1,0 +1,113 @@
+"""What a parameter's shard rests as: values, or codes of them.
+
+``Values``  in a floating dtype.
+``Codes``   quantised, for parameters that no optimizer steps: a half to an eighth of the bytes, at rest and on the way.
+            Quantising the values that codes stand for gives the same codes again, so saving and loading change nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from shardwise.comm.base import CollectiveId, Communicator, Done, Pending
+from shardwise.quantize import Quantizer
+
+
+class Form(Protocol):
+    """How elements rest."""
+
+    dtype: torch.dtype
+    """Of the array that rests."""
+    value_dtype: torch.dtype
+    """In which the elements that it stands for lose nothing."""
+
+    def numel(self, num_values: int) -> int:
+        """Length of the array that stands for so many values of a shard."""
+
+    def put(self, values: torch.Tensor, resting: torch.Tensor) -> None:
+        """Make ``resting`` [numel(n)] stand for ``values`` [n], of any floating dtype."""
+
+    def get(self, resting: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill ``values`` [n] with what ``resting`` [numel(n)] stands for."""
+
+    def gather(self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor) -> Pending:
+        """Fill ``whole`` [N] with the values of every rank's ``resting``, which comes from ``comm.allocate``."""
+
+
+class Values:
+    """As they are, in ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = self.value_dtype = dtype
+
+    def numel(self, num_values: int) -> int:
+        """As many."""
+        return num_values
+
+    def put(self, values: torch.Tensor, resting: torch.Tensor) -> None:
+        """A copy."""
+        resting.copy_(values)
+
+    def get(self, resting: torch.Tensor, values: torch.Tensor) -> None:
+        """A copy."""
+        values.copy_(resting)
+
+    def gather(self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor) -> Pending:
+        """Straight into place."""
+        if comm.size == 1:
+            whole.copy_(resting, non_blocking=True)
+            return Done()
+        return comm.all_gather(identity, whole, resting)
+
+
+class Codes:
+    """By a quantiser."""
+
+    dtype = torch.uint8
+    value_dtype = torch.float32
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self._quantizer = quantizer
+
+    def numel(self, num_values: int) -> int:
+        """Bytes of codes and scales."""
+        return self._quantizer.wire_bytes(num_values)
+
+    def put(self, values: torch.Tensor, resting: torch.Tensor) -> None:
+        """Rounds."""
+        self._quantizer.encode(values[None], resting[None])
+
+    def get(self, resting: torch.Tensor, values: torch.Tensor) -> None:
+        """Exact in fp32."""
+        self._quantizer.decode(resting[None], values[None])
+
+    def gather(self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor) -> Pending:
+        """Codes travel, and become values when all are here."""
+        if comm.size == 1:
+            self.get(resting, whole)
+            return Done()
+        rows = comm.borrow(comm.size * resting.numel(), self.dtype)
+        return _Decoding(self._quantizer, comm, comm.all_gather(identity, rows, resting), rows, whole)
+
+
+class _Decoding:
+    """A gather of codes under way."""
+
+    def __init__(
+        self, quantizer: Quantizer, comm: Communicator, pending: Pending, rows: torch.Tensor, whole: torch.Tensor
+    ) -> None:
+        self._quantizer = quantizer
+        self._comm = comm
+        self._pending: Pending | None = pending
+        self._rows = rows
+        self._whole = whole
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+            size = self._comm.size
+            self._quantizer.decode(self._rows.view(size, -1), self._whole.view(size, -1))
+            self._comm.give_back(self._rows)
