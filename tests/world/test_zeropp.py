@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+import shardwise
 from shardwise.comm.base import CollectiveId
 from shardwise.errors import ConfigError
 from shardwise.quantize import build_quantizer
@@ -165,8 +166,13 @@ def trains_in_agreement(recipe: Recipe, config: Config, tolerance: float) -> Non
                 losses.append(loss.detach().float())
                 engine.backward(loss)
                 engine.step()
-            with engine.gathered_parameters():
-                digest = hashlib.sha256(b"".join(p.detach().float().numpy().tobytes() for p in model.parameters()))
+            digest = hashlib.sha256()
+            for unit in engine._units:
+                unit.unshard(step)
+                unit.wait_unsharded()
+                for segment in unit.segments:
+                    digest.update(segment.parameters.full.float().clone().numpy().tobytes())
+                unit.reshard()
             digests: list[str] = [""] * world_size()
             dist.all_gather_object(digests, digest.hexdigest())
             assert len(set(digests)) == 1, f"step {step}: {digests}"
@@ -333,6 +339,34 @@ def goes_on_from_a_checkpoint(path: str) -> None:
 
 def test_checkpoints_know_nothing_of_travel(world4: World, tmp_path: Any) -> None:
     world4.run(goes_on_from_a_checkpoint, str(tmp_path))
+
+
+# -- masters stay exact
+
+
+def reads_and_writes_masters() -> None:
+    """Who looks at parameters, or sets some of them, sees and keeps what rests, not what passes were given."""
+    model = Chain()
+    exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with open_engine(model, torch.optim.SGD(model.parameters(), lr=0.0), plus(ALL, NOTHING_STAYS)) as engine:
+        x = torch.full((2, 256), 1.0 + rank())
+        loss = engine(x).square().mean()
+        assert all(torch.equal(value, exact[name]) for name, value in engine.state_dict().items())
+        engine.backward(loss)
+        engine.step()
+        engine(x)  # the last unit may stay whole, rounded
+        weight = model[2][0].weight
+        with shardwise.zero.GatheredParameters([weight], modifier_rank=0):
+            assert torch.equal(weight, exact["2.0.weight"])
+            weight.data[0, 0] += rank() + 1.0
+        exact["2.0.weight"][0, 0] += 1.0
+        assert all(torch.equal(value, exact[name]) for name, value in engine.state_dict().items())
+        with engine.gathered_parameters():
+            assert all(torch.equal(value, exact[name]) for name, value in model.named_parameters())
+
+
+def test_masters_are_read_and_written_exactly(world4: World) -> None:
+    world4.run(reads_and_writes_masters)
 
 
 # -- what cannot work

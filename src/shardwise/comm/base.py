@@ -124,6 +124,8 @@ class Communicator(ABC):
     """Whether ranks may gather different things at one time: the owners take no part."""
     forgets = False
     """Whether a reduction that was started may be dropped; messages that are on their way must be waited for."""
+    rounds_gathers = False
+    """Whether gathered values differ from the shards': quantised ones do, on every rank alike."""
     check = False
     """Compare the identity of every collective across ranks before it starts, not only once a step."""
 
@@ -192,15 +194,17 @@ class Communicator(ABC):
     def publish(self) -> None:  # noqa: B027  (most transports need no such signal)
         """My resting shards are final until ``exchange`` was called again: others may read them."""
 
-    def all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
+    def all_gather(
+        self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor, exact: bool = False
+    ) -> Pending:
         """Fill ``output`` [N] with every rank's ``shard`` [N/W], in rank order; even cuts.
 
         ``shard`` comes from ``allocate`` and rests unchanged between two ``publish``. Where its dtype differs from that
-        of ``output`` the values are cast on the way.
+        of ``output`` the values are cast on the way. ``exact``: and nothing else is lost, also where gathers round.
         """
         if not self.one_sided_gathers:
             self._announce(identity)
-        return self._all_gather(identity, output, shard)
+        return (self._all_gather_exactly if exact else self._all_gather)(identity, output, shard)
 
     def all_gather_in_place(self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts) -> Pending:
         """Fill the other ranks' slices of ``buffer`` [N] (from ``allocate``) from their own ones."""
@@ -231,6 +235,9 @@ class Communicator(ABC):
 
     @abstractmethod
     def _all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending: ...
+
+    def _all_gather_exactly(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
+        return self._all_gather(identity, output, shard)
 
     @abstractmethod
     def _all_gather_in_place(self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts) -> Pending: ...

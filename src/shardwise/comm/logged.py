@@ -55,6 +55,11 @@ class Logged(Relay):
             "all_gather", identity, output.nbytes, lambda: self._inner._all_gather(identity, output, shard)
         )
 
+    def _all_gather_exactly(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
+        return self._logged(
+            "all_gather", identity, output.nbytes, lambda: self._inner._all_gather_exactly(identity, output, shard)
+        )
+
     def _all_gather_in_place(self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts) -> Pending:
         return self._logged(
             "all_gather", identity, buffer.nbytes, lambda: self._inner._all_gather_in_place(identity, buffer, cuts)

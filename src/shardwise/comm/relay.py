@@ -25,6 +25,7 @@ class Relay(Communicator):
         self.overlaps = inner.overlaps
         self.one_sided_gathers = inner.one_sided_gathers
         self.forgets = inner.forgets
+        self.rounds_gathers = inner.rounds_gathers
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """From the transport's memory."""
@@ -60,6 +61,9 @@ class Relay(Communicator):
 
     def _all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
         return self._inner._all_gather(identity, output, shard)
+
+    def _all_gather_exactly(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
+        return self._inner._all_gather_exactly(identity, output, shard)
 
     def _all_gather_in_place(self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts) -> Pending:
         return self._inner._all_gather_in_place(identity, buffer, cuts)

@@ -60,6 +60,7 @@ class TwoHop(Relay):
     def __init__(self, inner: Communicator, inside: Hop, across: Hop, settings: TwoHopSettings) -> None:
         super().__init__(inner)
         assert not inner.one_sided_gathers
+        self.rounds_gathers = settings.weights is not None
         self._inside = inside
         self._across = across
         self._settings = settings
@@ -76,6 +77,9 @@ class TwoHop(Relay):
             return self._inner._all_gather(identity, output, shard)
         return self._begin(self._gather_steps(identity, output, shard))
 
+    def _all_gather_exactly(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
+        return self._inner._all_gather(identity, output, shard)
+
     def _gather_steps(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Steps:
         quantizer = self._settings.weights if output.is_floating_point() else None
         wire = wire_of(output.dtype) if quantizer is None else quantizer.format.name
@@ -91,7 +95,8 @@ class TwoHop(Relay):
             if quantizer is None:
                 mine.copy_(shard)
             else:
-                quantizer.encode(shard[None], mine[None])
+                # In the dtype that parameters compute in, which is what rests of them where a store holds the masters.
+                quantizer.encode(shard.to(output.dtype)[None], mine[None])
             yield [self._across.gather(identity, near, mine, "all-gather", wire)]
             if self._settings.keeps_secondary:
                 self._secondary[identity.unit] = near

@@ -263,7 +263,7 @@ def build_units(
             segments.append(
                 build_segment(comm, layout, parameters, blueprint.sharding, precision, place, blueprint.codes)
             )
-        units.append(Unit(plan.name, index, plan.module, segments))
+        units.append(Unit(plan.name, index, plan.module, segments, comm.rounds_gathers))
     return units
 
 

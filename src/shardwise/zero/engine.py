@@ -492,7 +492,7 @@ class Engine(nn.Module):
         values: dict[torch.Tensor, torch.Tensor] = {}
         for unit in self._units:
             was_whole = not unit.is_sharded or unit.is_whole
-            unit.unshard(self.global_steps)
+            unit.unshard(self.global_steps, exact=True)
             unit.wait_unsharded()
             for segment in unit.segments:
                 for parameter in segment.parameters.parameters:

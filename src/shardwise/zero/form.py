@@ -32,8 +32,13 @@ class Form(Protocol):
     def get(self, resting: torch.Tensor, values: torch.Tensor) -> None:
         """Fill ``values`` [n] with what ``resting`` [numel(n)] stands for."""
 
-    def gather(self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor) -> Pending:
-        """Fill ``whole`` [N] with the values of every rank's ``resting``, which comes from ``comm.allocate``."""
+    def gather(
+        self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor, exact: bool
+    ) -> Pending:
+        """Fill ``whole`` [N] with the values of every rank's ``resting``, which comes from ``comm.allocate``.
+
+        ``exact``: of what rests nothing is lost but what the dtype of ``whole`` has no room for.
+        """
 
 
 class Values:
@@ -54,12 +59,14 @@ class Values:
         """A copy."""
         values.copy_(resting)
 
-    def gather(self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor) -> Pending:
+    def gather(
+        self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor, exact: bool
+    ) -> Pending:
         """Straight into place."""
         if comm.size == 1:
             whole.copy_(resting, non_blocking=True)
             return Done()
-        return comm.all_gather(identity, whole, resting)
+        return comm.all_gather(identity, whole, resting, exact)
 
 
 class Codes:
@@ -83,13 +90,15 @@ class Codes:
         """Exact in fp32."""
         self._quantizer.decode(resting[None], values[None])
 
-    def gather(self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor) -> Pending:
+    def gather(
+        self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor, exact: bool
+    ) -> Pending:
         """Codes travel, and become values when all are here."""
         if comm.size == 1:
             self.get(resting, whole)
             return Done()
         rows = comm.borrow(comm.size * resting.numel(), self.dtype)
-        return _Decoding(self._quantizer, comm, comm.all_gather(identity, rows, resting), rows, whole)
+        return _Decoding(self._quantizer, comm, comm.all_gather(identity, rows, resting, exact), rows, whole)
 
 
 class _Decoding:

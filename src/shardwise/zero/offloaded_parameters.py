@@ -71,6 +71,14 @@ class _Near:
     transfer: Transfer
 
 
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """A gather that has not begun."""
+
+    identity: CollectiveId
+    exact: bool
+
+
 class OffloadedParameters:
     """Only a store holds this rank's shard; the whole buffer exists between ``unshard`` and ``reshard``.
 
@@ -134,7 +142,7 @@ class OffloadedParameters:
         self.whole = WholeBuffer(values, layout, parameters, dtype)
         self.full = self.whole.tensor
         self._near: _Near | None = None
-        self._coming: CollectiveId | None = None
+        self._coming: _Coming | None = None
         """The gather that waits for this rank's shard to be near."""
         self._pending: Pending | None = None
 
@@ -243,13 +251,13 @@ class OffloadedParameters:
         """Whether the whole buffer waits for the shard."""
         return self._coming is not None
 
-    def unshard(self, identity: CollectiveId) -> None:
+    def unshard(self, identity: CollectiveId, exact: bool) -> None:
         """Allocate the whole buffer; fill it now, or when it is waited for, if its shard is not near yet.
 
         Ranks that gather do so at once, for they must start their gathers in one order.
         """
         self.whole.allocate()
-        self._coming = identity
+        self._coming = _Coming(identity, exact)
         if self._memory is None and self._near is None:
             self._start_near()
         if self._comm.size > 1 or self._near is None or self._near.transfer.done:
@@ -257,8 +265,8 @@ class OffloadedParameters:
 
     def bring(self) -> None:
         """Fill the whole buffer, as soon as the shard is near; a copy or gather may go on when this returns."""
-        identity, self._coming = self._coming, None
-        assert identity is not None
+        coming, self._coming = self._coming, None
+        assert coming is not None
         source = self._memory
         if source is None:
             assert self._near is not None
@@ -268,7 +276,8 @@ class OffloadedParameters:
             shard = source
             if self._comm.size > 1 or not isinstance(self._form, Values):
                 shard = source.to(self._comm.device, non_blocking=True)
-            self._pending = _Holding(self._form.gather(self._comm, identity, self.full, shard), shard)
+            gather = self._form.gather(self._comm, coming.identity, self.full, shard, coming.exact)
+            self._pending = _Holding(gather, shard)
         self._give_slab_back(self._beside.end())
 
     def wait_unsharded(self) -> None:

@@ -52,8 +52,8 @@ class ParameterHome(Protocol):
     def forget_fetched(self) -> None:
         """What was fetched ahead will not be used, or will be outdated."""
 
-    def unshard(self, identity: CollectiveId) -> None:
-        """Start making the buffer whole."""
+    def unshard(self, identity: CollectiveId, exact: bool) -> None:
+        """Start making the buffer whole; ``exact``: with what rests, however passes round it."""
 
     def wait_unsharded(self) -> None:
         """Return when the parameters may be read."""
@@ -160,7 +160,7 @@ class ResidentParameters:
     def forget_fetched(self) -> None:
         """Nothing was."""
 
-    def unshard(self, identity: CollectiveId) -> None:
+    def unshard(self, identity: CollectiveId, exact: bool) -> None:
         """Whole already."""
 
     def wait_unsharded(self) -> None:
@@ -273,10 +273,10 @@ class ShardedParameters:
     def forget_fetched(self) -> None:
         """Nothing was."""
 
-    def unshard(self, identity: CollectiveId) -> None:
+    def unshard(self, identity: CollectiveId, exact: bool) -> None:
         """Allocate the whole buffer and start the gather."""
         self.whole.allocate()
-        self._pending = self._form.gather(self._comm, identity, self.full, self.shard)
+        self._pending = self._form.gather(self._comm, identity, self.full, self.shard, exact)
 
     def wait_unsharded(self) -> None:
         """Finish the gather and show the values."""

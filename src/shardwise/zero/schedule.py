@@ -174,7 +174,7 @@ class Schedule:
     def hold(self, units: Sequence[Unit]) -> None:
         """Make ``units`` whole, and keep them so until each ``hold`` was followed by a ``release``."""
         for unit in units:
-            unit.unshard(self.step)
+            unit.unshard(self.step, exact=True)
             unit.wait_unsharded()
             self._holds[unit] += 1
 

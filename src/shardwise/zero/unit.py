@@ -137,7 +137,10 @@ def with_gradients(comm: Communicator, segment: Segment, precision: Precision, c
 class Unit:
     """The segments of one module and the state that they are in."""
 
-    def __init__(self, name: str, index: int, module: nn.Module, segments: Sequence[Segment]) -> None:
+    def __init__(
+        self, name: str, index: int, module: nn.Module, segments: Sequence[Segment], rounds: bool = False
+    ) -> None:
+        """``rounds``: gathered parameters differ from those at rest."""
         self.name = name
         self.index = index
         self.module = module
@@ -151,6 +154,8 @@ class Unit:
         """Calls of the module whose backward has not ended yet."""
         self._num_taken = 0
         self._waiting_for_gather = False
+        self._rounds = rounds
+        self._is_exact = not self.is_sharded
         self.replace_segments(segments)
 
     def replace_segments(self, segments: Sequence[Segment]) -> None:
@@ -177,12 +182,18 @@ class Unit:
         for segment in self.segments:
             segment.parameters.forget_fetched()
 
-    def unshard(self, step: int) -> None:
-        """Start making the parameters whole; nothing happens where they are, or are on their way."""
+    def unshard(self, step: int, exact: bool = False) -> None:
+        """Start making the parameters whole; nothing happens where they are, or are on their way.
+
+        ``exact``: as they rest, for those who read or change them; passes may compute with rounded ones.
+        """
         if self.state is ShardedState.UNSHARDED:
-            return
+            if self._is_exact or not exact:
+                return
+            self.reshard()
         for number, segment in enumerate(self.segments):
-            segment.parameters.unshard(self._identity("all-gather", number, step))
+            segment.parameters.unshard(self._identity("all-gather", number, step), exact)
+        self._is_exact = exact or not self._rounds
         self.state = ShardedState.UNSHARDED
         self._waiting_for_gather = True
 
