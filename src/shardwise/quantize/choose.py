@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import torch
+
 from shardwise.errors import ConfigError
 from shardwise.layout import ALIGNMENT
 from shardwise.quantize.base import FORMATS, MAX_BLOCK, Quantizer
 from shardwise.quantize.expressions import Expressions
 
 
-def build_quantizer(format: str, block: int) -> Quantizer:
+def build_quantizer(format: str, block: int, device: torch.device | str = "cpu") -> Quantizer:
     """The quantiser of a format.
 
     Args:
         format: "int8", "int4" or "fp8".
         block: values that share a scale.
+        device: where the values are. No bit depends on it.
 
     Raises:
         ConfigError: the format is unknown, or the block does not fit.
