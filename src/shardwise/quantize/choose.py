@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from shardwise.errors import ConfigError
@@ -29,4 +31,8 @@ def build_quantizer(format: str, block: int, device: torch.device | str = "cpu")
             f"a quantisation block of {block} elements does not fit: expected a multiple of {ALIGNMENT} from "
             f"{ALIGNMENT} to {MAX_BLOCK}, such as {near}."
         )
+    if torch.device(device).type == "cuda" and find_spec("triton") is not None:
+        from shardwise.quantize.kernels import Kernels  # Triton is imported where it is used
+
+        return Kernels(FORMATS[format], block)
     return Expressions(FORMATS[format], block)
