@@ -6,8 +6,9 @@ A row of ``n`` values, ``n`` a multiple of the block, becomes ``wire_bytes(n)`` 
 
 A block's scale is its largest magnitude over the format's largest code (symmetric: zero stays zero), so its values lie
 evenly around zero and nothing is clipped. The value of largest magnitude comes back as it was but for the last bit of
-an fp32, which is the scale's own rounding: exactly, in 16-bit dtypes. Two 4-bit codes share a byte: byte j of a block
-of B values holds value j in its low half and value j + B/2 in its high half, each in two's complement.
+an fp32, which is the scale's own rounding: exactly, in 16-bit dtypes (unless it is so small that `SMALLEST_SCALE` is
+too coarse for it). Two 4-bit codes share a byte: byte j of a block of B values holds value j in its low half and value
+j + B/2 in its high half, each in two's complement.
 
 A block that holds a NaN or an infinity decodes to values of which none is finite: what was wrong stays visible, and
 blocks beside it are as they were. Its codes are whatever the processor makes of a NaN; the bits of every other block
