@@ -4,12 +4,15 @@ A row of ``n`` values, ``n`` a multiple of the block, becomes ``wire_bytes(n)`` 
 
     codes, n * bits / 8 bytes | scales, one fp32 a block
 
-A block's scale is its largest magnitude over the format's largest code (symmetric, zero stays zero, both ends are
-exact), so its values lie evenly around zero and nothing is clipped. Two 4-bit codes share a byte: byte j of a block of
-B values holds value j in its low half and value j + B/2 in its high half.
+A block's scale is its largest magnitude over the format's largest code (symmetric: zero stays zero), so its values lie
+evenly around zero and nothing is clipped. The value of largest magnitude comes back as it was but for the last bit of
+an fp32, which is the scale's own rounding: exactly, in 16-bit dtypes (unless it is so small that `SMALLEST_SCALE` is
+too coarse for it). Two 4-bit codes share a byte: byte j of a block of B values holds value j in its low half and value
+j + B/2 in its high half, each in two's complement.
 
 A block that holds a NaN or an infinity decodes to values of which none is finite: what was wrong stays visible, and
-blocks beside it are as they were.
+blocks beside it are as they were. Its codes are whatever the processor makes of a NaN; the bits of every other block
+are the same on all devices, however the work is cut.
 
 The formats are those of blockwise quantisation as ZeRO++ uses it (Wang et al., "ZeRO++: Extremely Efficient Collective
 Communication for Giant Model Training" (2023), sections 3.1 and 3.3); fp8 is OCP's e4m3 under a scale a block.
@@ -27,6 +30,7 @@ from shardwise.layout import ALIGNMENT, MAX_BLOCK
 SCALE_BYTES = 4
 SMALLEST_SCALE = 2.0**-126
 """The smallest normal fp32: below it a scale would have no inverse."""
+LARGEST_VALUE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,11 @@ class Format:
     largest_code: float
     worst_error: float
     """Distance of a decoded value from the true one, over the largest magnitude of its block."""
+
+    @property
+    def scale_of_largest(self) -> float:
+        """Of a block that reaches `LARGEST_VALUE`: a bit less than by the rule, which may decode to infinity."""
+        return LARGEST_VALUE / self.largest_code * (1 - 2**-23)
 
 
 FORMATS: dict[str, Format] = {
@@ -74,25 +83,41 @@ class Quantizer(ABC):
         """Bytes of a row of ``numel`` values, scales included."""
         return self.code_bytes(numel) + numel // self.block * SCALE_BYTES
 
-    def error_bound(self, largest: float) -> float:
-        """What a value of a block with ``largest`` magnitude differs by at most once it is decoded to fp32.
+    def error_bound(self, largest: float, dtype: torch.dtype = torch.float32) -> float:
+        """What a finite value of a block with ``largest`` magnitude differs by at most once it is decoded to ``dtype``.
 
-        Half a step; a millionth more for the rounding of scale and product; and what is lost where values are so small
-        that no step is small enough.
+        The sum of: half a step between codes; the roundings to fp32 of scale, inverse and two products (2^-24 of the
+        largest magnitude each, and one more for their products); what is lost where values are so small that no step is
+        small enough; and for a narrower ``dtype`` that dtype's own rounding. Infinite where ``dtype`` may overflow.
         """
-        return largest * self.format.worst_error * (1 + 1e-6) + SMALLEST_SCALE
+        in_fp32 = largest * (self.format.worst_error + 5 * 2**-24) + SMALLEST_SCALE
+        if dtype is torch.float32:
+            return in_fp32
+        limits = torch.finfo(dtype)
+        if largest > limits.max:
+            return float("inf")
+        return in_fp32 + (largest + in_fp32) * limits.eps / 2 + limits.smallest_normal * limits.eps / 2
 
     @abstractmethod
     def encode(self, values: torch.Tensor, wire: torch.Tensor) -> None:
-        """Write ``values`` [rows, n], of any floating dtype, to ``wire`` [rows, wire_bytes(n)] of uint8.
+        """Write ``values`` [rows, n], fp32, bf16 or fp16, to ``wire`` [rows, wire_bytes(n)] of uint8.
 
-        Both are contiguous.
+        Rows may lie anywhere (of ``wire``: at multiples of `SCALE_BYTES`), the elements of one must be neighbours; so
+        too below. Calls from several threads do not disturb one another.
         """
 
     @abstractmethod
     def decode(self, wire: torch.Tensor, values: torch.Tensor, accumulate: bool = False) -> None:
         """``values`` [rows, n] = (or += if ``accumulate``) what ``wire`` [rows, wire_bytes(n)] says.
 
-        Rows need not be neighbours, their elements must. The product of code and scale is fp32, and is rounded once
-        where ``values`` is narrower.
+        The product of code and scale is rounded to fp32, and once more where ``values`` is narrower; a sum is taken in
+        fp32 before that.
         """
+
+    def sum_decoded(self, wires: torch.Tensor, total: torch.Tensor) -> None:
+        """``total`` [n] of fp32 = the sum over rows of what ``wires`` [k, wire_bytes(n)] say, from the first row on.
+
+        The bits are those of `decode` of the first row and of accumulating the others in their order.
+        """
+        for index in range(wires.shape[0]):
+            self.decode(wires[index : index + 1], total[None], accumulate=index > 0)
