@@ -166,8 +166,8 @@ class TwoHop(Relay):
     def _sum(self, quantizer: Quantizer, codes: torch.Tensor, numel: int) -> torch.Tensor:
         """[rows, n] fp32: the values of ``codes`` [k, rows, bytes], added one after the other."""
         total = torch.empty(codes.shape[1], numel, dtype=torch.float32, device=codes.device)
-        for place, rows in enumerate(codes):
-            quantizer.decode(rows, total, accumulate=place > 0)
+        for row in range(codes.shape[1]):
+            quantizer.sum_decoded(codes[:, row], total[row])
         return total
 
     # ------------------------------------------------------------------------------------------------------ memory

@@ -13,9 +13,9 @@ from shardwise.comm.base import CollectiveId, Communicator
 from shardwise.config import EngineConfig
 from shardwise.errors import ConfigError
 from shardwise.layout import ALIGNMENT, NO_GROUP, Layout, Slot, even_layout, whole_parameter_layout
+from shardwise.mesh import Mesh
 from shardwise.optim.probe import OptimizerTraits, probe_optimizer
 from shardwise.precision import DynamicLossScaler, LossScaler, Precision, StaticLossScaler, master_dtype
-from shardwise.quantize import build_quantizer
 from shardwise.zero.form import Codes
 from shardwise.zero.offload import Offload, Places
 from shardwise.zero.offloading import Buffer, Offloading
@@ -122,7 +122,7 @@ def plan_blueprints(
     groups: dict[nn.Parameter, int],
     precision: Precision,
     config: EngineConfig,
-    world: int,
+    mesh: Mesh,
     offload: Offload,
 ) -> list[tuple[UnitPlan, list[Blueprint]]]:
     """Cut the model into units and each unit into flat buffers."""
@@ -137,8 +137,9 @@ def plan_blueprints(
     )
     # An axis of one rank shards nothing: the row of plain data parallelism. What rests off the device does so in
     # shards, also of one.
-    row = STAGES[zero.stage] if world > 1 or offload.is_any else STAGES[0]
-    at_rest = codes_of_frozen(config)
+    row = STAGES[zero.stage] if mesh.dp_shard.size > 1 or offload.is_any else STAGES[0]
+    format = format_of_frozen(config)
+    at_rest = None if format is None else Codes(format, config.shardwise.quantization_block, mesh.device)
     persistent_row = Sharding(row.optimizer, row.gradient, parameter=False)
     threshold = zero.stage3_param_persistence_threshold or 0
     planned = []
@@ -161,11 +162,10 @@ def plan_blueprints(
     return planned
 
 
-def codes_of_frozen(config: EngineConfig) -> Codes | None:
-    """What parameters rest as that no optimizer steps; None: as values."""
+def format_of_frozen(config: EngineConfig) -> str | None:
+    """The format that parameters rest in which no optimizer steps; None: as values."""
     zero, own = config.zero_optimization, config.shardwise
-    format = own.frozen_weights or ("int8" if zero.zero_quantized_nontrainable_weights else None)
-    return None if format is None else Codes(build_quantizer(format, own.quantization_block))
+    return own.frozen_weights or ("int8" if zero.zero_quantized_nontrainable_weights else None)
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer | None) -> list[str]:
@@ -228,7 +228,7 @@ def plan_layouts(
 def alignment_of(config: EngineConfig) -> int:
     """Elements; blocks that are quantised never hold values of two parameters or two shards."""
     zero = config.zero_optimization
-    quantizes = zero.zero_quantized_weights or zero.zero_quantized_gradients or codes_of_frozen(config) is not None
+    quantizes = zero.zero_quantized_weights or zero.zero_quantized_gradients or format_of_frozen(config) is not None
     return config.shardwise.quantization_block if quantizes else ALIGNMENT
 
 

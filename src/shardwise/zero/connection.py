@@ -13,7 +13,7 @@ from shardwise.config import EngineConfig
 from shardwise.config.tools import CommsLoggerConfig
 from shardwise.errors import ConfigError
 from shardwise.mesh import Mesh, local_rank
-from shardwise.quantize import build_quantizer
+from shardwise.quantize import Quantizer, build_quantizer
 from shardwise.topology import Topology, divisors
 from shardwise.zero.offload import Offload, Place
 
@@ -103,11 +103,13 @@ def in_two_hops(comm: Communicator, moves: Communicator, config: EngineConfig, f
             )
         topology = Topology.even(comm.size, size)
     inside, across = build_hops(moves, topology)
+
+    def quantizer(format: str, wanted: bool) -> Quantizer | None:
+        return build_quantizer(format, own.quantization_block, comm.device) if wanted else None
+
     settings = TwoHopSettings(
-        weights=build_quantizer(own.quantized_weights, own.quantization_block) if zero.zero_quantized_weights else None,
-        gradients=(
-            build_quantizer(own.quantized_gradients, own.quantization_block) if zero.zero_quantized_gradients else None
-        ),
+        weights=quantizer(own.quantized_weights, zero.zero_quantized_weights),
+        gradients=quantizer(own.quantized_gradients, zero.zero_quantized_gradients),
         keeps_secondary=size > 1,
         feeds_error_back=own.error_feedback,
         factor=factor,

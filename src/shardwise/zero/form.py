@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from shardwise.comm.base import CollectiveId, Communicator, Done, Pending
-from shardwise.quantize import Quantizer
+from shardwise.quantize import Quantizer, build_quantizer
 
 
 class Form(Protocol):
@@ -70,25 +70,35 @@ class Values:
 
 
 class Codes:
-    """By a quantiser."""
+    """By a quantiser.
+
+    Args:
+        format: of `shardwise.quantize`.
+        block: values that share a scale.
+        device: where parameters compute; codes and values may also be on the CPU, where stores are.
+    """
 
     dtype = torch.uint8
     value_dtype = torch.float32
 
-    def __init__(self, quantizer: Quantizer) -> None:
-        self._quantizer = quantizer
+    def __init__(self, format: str, block: int, device: torch.device) -> None:
+        self._on_the_cpu = build_quantizer(format, block)
+        self._on_the_device = build_quantizer(format, block, device)
+
+    def _quantizer(self, values: torch.Tensor) -> Quantizer:
+        return self._on_the_cpu if values.device.type == "cpu" else self._on_the_device
 
     def numel(self, num_values: int) -> int:
         """Bytes of codes and scales."""
-        return self._quantizer.wire_bytes(num_values)
+        return self._on_the_cpu.wire_bytes(num_values)
 
     def put(self, values: torch.Tensor, resting: torch.Tensor) -> None:
         """Rounds."""
-        self._quantizer.encode(values[None], resting[None])
+        self._quantizer(values).encode(values[None], resting[None])
 
     def get(self, resting: torch.Tensor, values: torch.Tensor) -> None:
         """Exact in fp32."""
-        self._quantizer.decode(resting[None], values[None])
+        self._quantizer(values).decode(resting[None], values[None])
 
     def gather(
         self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor, exact: bool
@@ -98,7 +108,7 @@ class Codes:
             self.get(resting, whole)
             return Done()
         rows = comm.borrow(comm.size * resting.numel(), self.dtype)
-        return _Decoding(self._quantizer, comm, comm.all_gather(identity, rows, resting, exact), rows, whole)
+        return _Decoding(self._on_the_device, comm, comm.all_gather(identity, rows, resting, exact), rows, whole)
 
 
 class _Decoding:

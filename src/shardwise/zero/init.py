@@ -126,7 +126,7 @@ def initialize(
     _refuse_offload_without_a_place(settings)
     zero = settings.zero_optimization
     offload = choose_offload(zero.offload_param.device, zero.offload_optimizer.device, mesh.device.type)
-    planned = plan_blueprints(model, groups, precision, settings, mesh.dp_shard.size, offload)
+    planned = plan_blueprints(model, groups, precision, settings, mesh, offload)
     buffers = [blueprint for _, blueprints in planned for blueprint in blueprints]
     traits = measure_optimizer(built, buffers, mesh.dp_shard.size, offload)
 
