@@ -223,9 +223,6 @@ def test_auto_that_nobody_can_fill_names_the_key(path):
     "source",
     [
         {"zero_optimization": {"cpu_offload": True}},
-        {"zero_optimization": {"zero_quantized_weights": True}},
-        {"zero_optimization": {"zero_quantized_gradients": True}},
-        {"zero_optimization": {"zero_hpz_partition_size": 8}},
         {"zero_optimization": {"mics_shard_size": 2}},
         {"zero_optimization": {"ignore_unused_parameters": False}},
         {"sparse_gradients": True},
@@ -246,6 +243,43 @@ def test_two_compute_dtypes_are_refused():
     assert "bf16.enabled: found true, and fp16.enabled is true" in faults_of(
         {"fp16": {"enabled": True}, "bf16": {"enabled": True}}
     )
+
+
+@pytest.mark.parametrize(
+    ("zero", "own", "words"),
+    [
+        ({"zero_quantized_weights": True, "stage": 2}, {}, ["zero_quantized_weights", "stage 2", "Set stage to 3"]),
+        ({"zero_quantized_gradients": True, "stage": 1}, {}, ["zero_quantized_gradients", "stage 1"]),
+        ({"zero_hpz_partition_size": 2}, {}, ["zero_hpz_partition_size", "stage 0"]),
+        ({"zero_quantized_nontrainable_weights": True}, {}, ["zero_quantized_nontrainable_weights", "stage 0"]),
+        ({"stage": 2}, {"frozen_weights": "int4"}, ["shardwise.frozen_weights", "stage 2", "Set stage to 3"]),
+        ({"stage": 3}, {"quantization_block": 100}, ["quantization_block", "found 100", "such as 96"]),
+        ({"stage": 3}, {"quantization_block": 8192}, ["quantization_block", "found 8192", "such as 4096"]),
+        (
+            {"stage": 3, "zero_quantized_weights": True},
+            {"transport": "shared_memory"},
+            ["zero_quantized_weights", "shared_memory", "process_group"],
+        ),
+        (
+            {"stage": 3, "zero_quantized_gradients": True, "reduce_scatter": False},
+            {},
+            ["zero_quantized_gradients", "reduce_scatter", "all-reduce"],
+        ),
+        ({"stage": 3}, {"error_feedback": True}, ["error_feedback", "zero_quantized_gradients"]),
+    ],
+)
+def test_zeropp_that_cannot_work_is_told(zero, own, words):
+    text = faults_of({"zero_optimization": zero, "shardwise": own})
+    assert all(word in text for word in words), text
+
+
+def test_errors_are_not_fed_back_over_a_change_of_the_loss_scale():
+    source = {
+        "zero_optimization": {"stage": 3, "zero_quantized_gradients": True},
+        "shardwise": {"error_feedback": True},
+    }
+    load_config(source)
+    assert "error_feedback: found true with fp16" in faults_of({**source, "fp16": {"enabled": True}})
 
 
 def test_a_sum_has_no_division_to_move():
@@ -280,7 +314,7 @@ def test_all_faults_come_at_once_in_the_order_of_lines(tmp_path):
   "zero_optimization": {
     "stage": 7,
     "stage": "auto",
-    "zero_quantized_weights": true,
+    "cpu_offload": true,
     "reduce_bucket_size": 1.5,
   },
 }"""
@@ -295,7 +329,7 @@ def test_all_faults_come_at_once_in_the_order_of_lines(tmp_path):
         "line 8, fp16.enabled",
         "line 12, zero_optimization.stage",
         "line 12, zero_optimization.stage",
-        "line 13, zero_optimization.zero_quantized_weights",
+        "line 13, zero_optimization.cpu_offload",
         "line 14, zero_optimization.reduce_bucket_size",
     ]
     assert "found twice, on lines 11 and 12" in rows[5] + rows[6]

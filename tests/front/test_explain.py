@@ -146,7 +146,7 @@ def test_difference_from_deepspeed_is_told_where_the_key_is_not_given(home: Path
 
 
 def test_refused_and_idle_keys_are_rows_with_reasons_and_the_exit_code_is_2(home: Path, command: Command) -> None:
-    refused = '"amp": {"enabled": true}, "zero_optimization": {"zero_quantized_weights": true,'
+    refused = '"amp": {"enabled": true}, "zero_optimization": {"cpu_offload": true,'
     (home / "bad.json").write_text(JSON.replace('"zero_optimization": {', refused))
     code, out, _ = command("bad.json", "--json")
     assert code == 2
@@ -154,9 +154,9 @@ def test_refused_and_idle_keys_are_rows_with_reasons_and_the_exit_code_is_2(home
     found = {(row["block"], row["key"]): row for row in shown["settings"]}
     amp = found["DeepSpeed config, top level", "amp"]
     assert "does not exist here" in amp["refused"] and amp["place"] == "bad.json, line 6"
-    assert "not supported" in found["zero_optimization", "zero_quantized_weights"]["refused"]
+    assert "not supported" in found["zero_optimization", "cpu_offload"]["refused"]
     assert "no part of training asks for it" in found["DeepSpeed config, top level", "vocabulary_size"]["idle"]
-    assert "amp" in shown["faults"][0] and "zero_optimization.zero_quantized_weights" in shown["faults"][0]
+    assert "amp" in shown["faults"][0] and "zero_optimization.cpu_offload" in shown["faults"][0]
     assert command("ds.json")[0] == 0
 
 
@@ -239,3 +239,11 @@ def test_what_rests_off_the_device_is_said(home: Path, command: Command) -> None
     code, out, _ = command("nvme.json", "-n", "4", "--parameters", "7B")
     assert code == 0 and "off the device: optimizer state, masters, gradients in files." in out
     assert "off the device" not in command("ds.json", "-n", "4", "--parameters", "7B")[1]
+
+
+def test_what_hpz_keeps_is_said(home: Path, command: Command) -> None:
+    hpz = '"zero_optimization": {"zero_hpz_partition_size": 2, "zero_quantized_weights": true,'
+    (home / "hpz.json").write_text(JSON.replace('"zero_optimization": {', hpz))
+    code, out, _ = command("hpz.json", "-n", "4", "--parameters", "8B", "--json")
+    assert code == 0 and json.loads(out)["states"]["secondary_bytes"] == 8_000_000_000 / 2 * (1 + 4 / 256)
+    assert "zero_hpz_partition_size keeps" in command("hpz.json", "-n", "4", "--parameters", "8B")[1]

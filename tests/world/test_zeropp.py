@@ -382,14 +382,6 @@ def open_with(config: Config) -> None:
     ("zero", "own", "words"),
     [
         ({"zero_hpz_partition_size": 3}, {}, ["zero_hpz_partition_size", "found 3", "1 or 2 or 4"]),
-        ({"zero_quantized_weights": True, "stage": 2}, {}, ["zero_quantized_weights", "stage 2", "Set stage to 3"]),
-        ({"zero_quantized_gradients": True, "stage": 1}, {}, ["zero_quantized_gradients", "stage 1"]),
-        ({"zero_hpz_partition_size": 2, "stage": 2}, {}, ["zero_hpz_partition_size", "stage 2"]),
-        (QWZ, {"quantization_block": 100}, ["quantization_block", "found 100", "such as 96"]),
-        (QWZ, {"quantization_block": 8192}, ["quantization_block", "found 8192", "such as 4096"]),
-        (QWZ, {"transport": "shared_memory"}, ["shared_memory", "process_group"]),
-        (QGZ | {"reduce_scatter": False}, {}, ["reduce_scatter", "all-reduce"]),
-        ({}, {"error_feedback": True}, ["error_feedback", "zero_quantized_gradients"]),
         (QGZ, {"simulated_nodes": 3}, ["simulated_nodes", "found 3", "1 or 2 or 4"]),
     ],
 )

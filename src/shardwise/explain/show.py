@@ -129,6 +129,8 @@ def _show_states(console: Console, states: States) -> None:
         _line(console, "\n".join(lines))
     if states.off_the_device:
         _line(console, f"Of this config's, off the device: {'; '.join(states.off_the_device)}.")
+    if states.secondary_bytes:
+        _line(console, f"zero_hpz_partition_size keeps {size_text(states.secondary_bytes)} of parameters beside them.")
     _line(console, "Activations and the units that are whole for a moment come on top.\n", "dim")
 
 
@@ -149,6 +151,7 @@ def _plain_states(states: States) -> dict[str, Any]:
         "dtype": states.dtype,
         "optimizer": states.optimizer,
         "off_the_device": states.off_the_device,
+        "secondary_bytes": states.secondary_bytes,
         "bytes_per_rank": [
             {"stage": found.stage, "in_force": found.in_force, **asdict(found.bytes), "total": found.bytes.total}
             for found in states.stages

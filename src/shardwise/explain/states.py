@@ -11,6 +11,7 @@ from shardwise.zero.sharding import STAGES, StateBytes, state_bytes
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _MASTER_ITEMSIZE = 4  # masters are fp32
+_SCALE_BYTES = 4  # so is the scale of a block
 
 # Tensors of the parameter's size that an optimizer keeps. SGD keeps one only if it has momentum.
 _STATE_TENSORS = {"adam": 2, "adamw": 2, "nadam": 2, "radam": 2, "adamax": 2, "lion": 1, "adagrad": 1, "rmsprop": 1}
@@ -36,6 +37,8 @@ class States:
     stages: tuple[StageStates, ...]
     off_the_device: tuple[str, ...]
     """Which of them the config lets rest elsewhere: they are in the table all the same."""
+    secondary_bytes: int
+    """Of the parameters that hpZ keeps beside, between a step's first gather and its end."""
 
 
 def parse_count(text: str) -> int:
@@ -66,7 +69,26 @@ def states_per_rank(config: EngineConfig | None, num_parameters: int, num_ranks:
         StageStates(stage, found, in_force=stage == config.zero_optimization.stage)
         for stage, found in _at_every_stage(num_parameters, num_ranks, compute_itemsize, num_tensors)
     )
-    return States(num_parameters, num_ranks, config.compute_dtype, optimizer, stages, tuple(_off_the_device(config)))
+    return States(
+        num_parameters,
+        num_ranks,
+        config.compute_dtype,
+        optimizer,
+        stages,
+        tuple(_off_the_device(config)),
+        _secondary_bytes(config, num_parameters, compute_itemsize),
+    )
+
+
+def _secondary_bytes(config: EngineConfig, num_parameters: int, compute_itemsize: int) -> int:
+    """A shard over the ranks that share one; of codes where parameters travel so."""
+    zero, own = config.zero_optimization, config.shardwise
+    if zero.zero_hpz_partition_size <= 1:
+        return 0
+    per_parameter = float(compute_itemsize)
+    if zero.zero_quantized_weights:
+        per_parameter = (0.5 if own.quantized_weights == "int4" else 1.0) + _SCALE_BYTES / own.quantization_block
+    return round(per_parameter * num_parameters / zero.zero_hpz_partition_size)
 
 
 def _off_the_device(config: EngineConfig) -> Iterator[str]:
