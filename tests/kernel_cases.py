@@ -125,12 +125,12 @@ def compiled(kernels: Kernels) -> dict[str, str]:
         "SCALE_OF_LARGEST": kernels.format.scale_of_largest,
     }
     codes = {"codes": "*i8", "scales": "*fp32"}
-    integers = dict.fromkeys(("wire_words", "values_stride", "num_wires", "num_blocks"), "i32")
+    integers = dict.fromkeys(("wire_words", "values_stride", "num_blocks"), "i32")
     found = {}
     for name, tensors, constants in (
         ("encode_blocks", {"values": "*fp32", "codes": "*u8", "scales": "*fp32"}, of_encode),
         ("decode_blocks", {**codes, "values": "*fp32"}, {"ACCUMULATE": True}),
-        ("sum_blocks", {**codes, "total": "*fp32"}, {}),
+        ("sum_blocks", {**codes, "total": "*fp32"}, {"NUM_WIRES": 4}),
     ):
         kernel = getattr(triton_kernels, name)
         constants = {**constants, **{key: value for key, value in kernels.launch.items() if key.isupper()}}

@@ -92,8 +92,8 @@ class Kernels(Quantizer):
                 scales,
                 total,
                 scales.stride(0),
-                wires.shape[0],
                 num_blocks,
+                NUM_WIRES=wires.shape[0],
                 **self.launch,
             )
 

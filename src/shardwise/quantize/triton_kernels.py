@@ -87,6 +87,8 @@ def encode_blocks(
     scale = tl.div_rn(largest, LARGEST_CODE)
     scale = tl.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale)  # a NaN is not less
     scale = tl.where(largest == LARGEST_VALUE, SCALE_OF_LARGEST, scale)
+    # Some releases of Triton flush denormals in divisions. No bit depends on it: a denormal scale becomes the smallest
+    # one either way, and no inverse of a scale is denormal.
     inverse = tl.div_rn(1.0, scale)[:, None]
     code = _code(low * inverse, FP8)
     if PARTS == 2:
@@ -118,26 +120,33 @@ def decode_blocks(
 
 
 @triton.jit
+def _value_of_part(byte_at, scale_at, part, mask, exists, PARTS: tl.constexpr, FP8: tl.constexpr):
+    """The values [TILE, LANES] fp32 of one part of the blocks at hand."""
+    byte = tl.load(byte_at, mask=mask, other=0)
+    scale = tl.load(scale_at, mask=exists, other=0.0)[:, None]
+    value = _wide(byte, 0, PARTS, FP8)
+    if FP8:
+        scale = scale * FP8_INTO_FP16
+    if PARTS == 2:
+        value = tl.where(part == 0, value, _wide(byte, 1, PARTS, FP8))
+    return value * scale
+
+
+@triton.jit
 def sum_blocks(
-    codes, scales, total, wire_words, num_wires, num_blocks,
-    BYTES: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    codes, scales, total, wire_words, num_blocks,
+    NUM_WIRES: tl.constexpr, BYTES: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, parts): codes [k, bytes] int8, scales [k, blocks] fp32 -> total [n] fp32, added from row 0 on."""
     part = tl.program_id(1)
     at, lane, mask = _place(num_blocks, BYTES, LANES, TILE)
+    exists = at < num_blocks
     byte_at = codes + at[:, None] * BYTES + lane
     scale_at = scales + at
-    found = tl.zeros([TILE, LANES], dtype=tl.float32)
-    for wire in range(num_wires):
-        byte = tl.load(byte_at, mask=mask, other=0)
-        scale = tl.load(scale_at, mask=at < num_blocks, other=0.0)[:, None]
-        if FP8:
-            scale = scale * FP8_INTO_FP16
-        value = _wide(byte, 0, PARTS, FP8)
-        if PARTS == 2:
-            value = tl.where(part == 0, value, _wide(byte, 1, PARTS, FP8))
-        value = value * scale
-        found = tl.where(wire == 0, value, found + value)  # no zero to begin with: it would change the sign of a zero
+    found = _value_of_part(byte_at, scale_at, part, mask, exists, PARTS, FP8)
+    for _ in range(1, NUM_WIRES):
         byte_at += tl.cast(wire_words, tl.int64) * 4
         scale_at += wire_words
+        found += _value_of_part(byte_at, scale_at, part, mask, exists, PARTS, FP8)
     tl.store(total + at[:, None] * (BYTES * PARTS) + part * BYTES + lane, found, mask=mask)
