@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardwise.errors import ConfigError
-from shardwise.quantize import FORMATS, MAX_BLOCK, Quantizer, build_quantizer
+from shardwise.layout import MAX_BLOCK
+from shardwise.quantize import FORMATS, Quantizer, build_quantizer
 from shardwise.quantize.base import SCALE_BYTES
 from shardwise.quantize.expressions import Expressions
 
@@ -357,3 +358,21 @@ def test_a_block_that_does_not_fit_is_refused(block: int, fitting: int) -> None:
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'int3' is unknown\. Expected one of int8, int4, fp8\."):
         build_quantizer("int3", 256)
+
+
+# -- twice
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-38, 1e-3, 1.0, 3e38])
+def test_what_was_decoded_is_encoded_to_the_same_codes(format: str, magnitude: float) -> None:
+    """Saving and loading what rests as codes changes nothing."""
+    quantizer = build_quantizer(format, 32)
+    values = torch.randn(64, 4096, generator=torch.Generator().manual_seed(5)).clamp(-1, 1) * magnitude
+    wires = [torch.empty(64, quantizer.wire_bytes(4096), dtype=torch.uint8) for _ in range(2)]
+    decoded = torch.empty_like(values)
+    for wire in wires:
+        quantizer.encode(values, wire)
+        quantizer.decode(wire, decoded)
+        values = decoded.clone()
+    assert torch.equal(*wires)
