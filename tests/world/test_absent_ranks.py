@@ -141,12 +141,12 @@ def test_many_roll_calls_leave_a_handful_of_keys(world: World) -> None:
     assert all(keys < 12 * world.size for keys in world.run(meet_often))
 
 
-def test_a_rank_that_has_left(world3: World) -> None:
-    assert_told(world3, leave_early, {rank: ("broadcast", "rank 2 has left its script") for rank in (0, 1)})
+def test_a_rank_that_has_left(own_world: Callable[..., World]) -> None:
+    assert_told(own_world(3), leave_early, {rank: ("broadcast", "rank 2 has left its script") for rank in (0, 1)})
 
 
-def test_a_rank_that_trains_on(world2: World) -> None:
-    assert_told(world2, train_on, {0: ("gather_object", "rank 1 has begun step")})
+def test_a_rank_that_trains_on(own_world: Callable[..., World]) -> None:
+    assert_told(own_world(2), train_on, {0: ("gather_object", "rank 1 has begun step")})
 
 
 def test_a_rank_that_never_comes(own_world: Callable[..., World]) -> None:
