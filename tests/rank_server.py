@@ -9,5 +9,6 @@ import torch._dynamo  # noqa: F401 - torch imports it with a process's first opt
 
 import shardwise.zero.engine  # noqa: F401
 import tests.ranks
+import tests.world.engine_runs
 
 tests.ranks.die_with_parent()
