@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.world)
         if HERE / "gpu" in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and what they import stay until the end; no later collection need look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -61,11 +68,15 @@ def world4(worlds: WorldPool) -> World:
 
 @pytest.fixture
 def own_world() -> Iterator[Callable[..., World]]:
-    """Build a world for this test alone: `own_world(2, timeout_seconds=5.0)` takes the fields of WorldSettings."""
+    """Build a world for this test alone: `own_world(2, timeout_seconds=5.0)` takes the fields of WorldSettings.
+
+    Its ranks are forks. Those of the other worlds are interpreters of their own, so that what depends on the order of a
+    set differs from rank to rank there.
+    """
     made: list[World] = []
 
     def make(size: int, **settings: object) -> World:
-        made.append(World(size, WorldSettings(**settings)))  # type: ignore[arg-type]
+        made.append(World(size, WorldSettings(forked=True, **settings)))  # type: ignore[arg-type]
         return made[-1]
 
     yield make

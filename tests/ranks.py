@@ -1,4 +1,4 @@
-"""One rank of a test world: the loop of the spawned process, and the census that finds what a case left behind."""
+"""One rank of a test world: the loop of its process, and the census that finds what a case left behind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What one spawned process needs to know before its first case."""
+    """What one rank's process needs to know before its first case."""
 
     rank: int
     size: int
@@ -146,8 +146,8 @@ def _is_in_memory(path: str) -> bool:
 
 
 def serve(connection: Connection, settings: RankSettings) -> None:
-    """Run in the spawned process: join the world, then answer cases until the parent closes the pipe."""
-    _die_with_parent()
+    """Run in the rank's own process: join the world, then answer cases until the parent closes the pipe."""
+    die_with_parent()
     _redirect_output(settings)
     os.environ.update(
         RANK=str(settings.rank),
@@ -240,9 +240,9 @@ def _redirect_output(settings: RankSettings) -> None:
 _keep_open: list[Any] = []  # faulthandler writes by file descriptor and does not hold the file itself
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process with the test process, so that a killed pytest leaves no orphan."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the parent, which then ends its worlds
+def die_with_parent() -> None:
+    """Ask the kernel to end this process with the one that started it, so that a killed pytest leaves no orphan."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the test process, which then ends its worlds
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

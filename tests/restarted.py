@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from shardwise.checkpoint import shard_file
+from shardwise.checkpoint.manifest import complete_tags
+from shardwise.checkpointing import FOLDER
 from tests.accelerators import accelerator_of, model_of, samples
 
 EPOCHS, NUM_SAMPLES, BATCH, SAVE_EVERY = 3, 60, 3, 5
@@ -79,7 +82,16 @@ class Diary:
         """A batch begins, or its save."""
         for kill in self._kills:
             if kill.batch == batch and kill.at_write == 0:
+                self._wait_for_a_checkpoint()
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    def _wait_for_a_checkpoint(self) -> None:
+        """One that is written beside training may take longer than the batches since, and then there is none."""
+        directory = Path(self._settings.directory)
+        deadline = time.monotonic() + 120  # a net, not a measure of speed
+        while not any(map(complete_tags, [directory, *directory.glob(f"{FOLDER}/checkpoint_*")])):
+            assert time.monotonic() < deadline, "no checkpoint is ever complete"
+            time.sleep(0.01)
 
     def before_save(self, batch: int) -> None:
         """The save after a batch begins."""

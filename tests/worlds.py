@@ -1,4 +1,4 @@
-"""Worlds of real ranks for tests: processes are spawned once a world size and then serve many cases.
+"""Worlds of real ranks for tests: processes are started once a world size and then serve many cases.
 
     def case(width):                       # a module-level function: it travels by name
         ...
@@ -24,9 +24,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from tests.ranks import Answer, Case, CaseFunction, Failure, RankSettings, serve
 
 START_ATTEMPTS = 3  # the free port that we found may be taken by somebody else before our ranks listen on it
 LOG_TAIL_CHARACTERS = 3000
+RANK_SERVER = "tests.rank_server"
 
 
 class CaseError(AssertionError):
@@ -59,6 +62,7 @@ class WorldSettings:
 
     backend: str = "gloo"
     process_group: bool = True  # False: the case itself calls init_distributed
+    forked: bool = False  # starts in a fraction of the time, but its ranks share one hash seed; not for CUDA
     timeout_seconds: float = 60.0  # of the default process group's collectives
     hang_seconds: float = 240.0  # after this long without an answer a rank counts as hung
     grace_seconds: float = 20.0  # how long the others may go on once one rank has failed
@@ -160,7 +164,7 @@ class World:
 
     def _spawn(self, port: int) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="shardwise-world-"))
-        context = multiprocessing.get_context("spawn")
+        context = _forking() if self.settings.forked else multiprocessing.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             settings = RankSettings(
@@ -256,6 +260,15 @@ class WorldPool:
         """End all processes of all worlds."""
         for world in self:
             world.close()
+
+
+def _forking() -> BaseContext:
+    """What starts ranks as forks of a server that has imported torch, runs no test and joins no group."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([RANK_SERVER])
+    with chdir(Path(__file__).parents[1]):  # where it finds what it is to import
+        ensure_running()
+    return context
 
 
 def _describe(function: CaseFunction | str, size: int, failures: list[Failure]) -> str:

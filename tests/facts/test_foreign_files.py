@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardwise.checkpoint.convert import convert_checkpoint
+from shardwise.checkpoint.foreign import unpickler
 from shardwise.checkpoint.foreign.open import read_foreign
 from shardwise.checkpoint.foreign.source import Source
 from shardwise.checkpoint.foreign.torch_file import Stored, TorchFile
@@ -135,7 +136,8 @@ def test_plain_values_come_back(value: Any) -> None:
         assert repr(found) == repr(plain(value, "here", lambda x: x.item() if isinstance(x, np.generic) else x))
 
 
-def test_values_without_end_are_refused() -> None:
+def test_values_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpickler, "MAX_VALUES", 10_000)
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(CheckpointError, match="nests"):

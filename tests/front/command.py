@@ -1,9 +1,15 @@
-"""Running the `shardwise` command as a user does: a process of its own, its output kept."""
+"""Running the `shardwise` command as a user does, its output kept: in a process of its own, or quickly in this one."""
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+import pytest
+
+from shardwise.commands.main import main
 
 SHARDWISE = (sys.executable, "-m", "shardwise.commands.main")
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -45,3 +51,19 @@ def shardwise(
         capture_output=True,
         text=True,
     )
+
+
+def shardwise_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same within this process, without the seconds of torch's import; its environment is this process's."""
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(output),
+        redirect_stderr(errors),
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", ["shardwise", *arguments])
+        patch.chdir(cwd)
+        main()
+    assert isinstance(ended.value.code, int)
+    return subprocess.CompletedProcess(arguments, ended.value.code, output.getvalue(), errors.getvalue())

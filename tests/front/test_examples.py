@@ -120,7 +120,7 @@ def modules() -> Callable[[str], ModuleType]:
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_stage_changes_no_bit(stages: Callable[[int], Run], stage: int) -> None:
     reference, run = stages(0), stages(stage)
     assert len(reference.rows) == NUM_STEPS + 1, "a row a step and one of the evaluation"
@@ -131,8 +131,8 @@ def test_the_stage_changes_no_bit(stages: Callable[[int], Run], stage: int) -> N
 
 @pytest.mark.world
 def test_one_process_trains_like_two_with_half_the_batch_each(stages: Callable[[int], Run], place: Place) -> None:
-    one = place.clm("one_process", "stage2.json", num_processes=1, batch_size=8).measured()
-    two = stages(2).measured()
+    one = place.clm("one_process", "stage3.json", num_processes=1, batch_size=8).measured()
+    two = stages(3).measured()
     assert len(one) == len(two)
     for row, other in zip(one, two, strict=True):
         assert row == pytest.approx(other, rel=1e-5)
@@ -359,6 +359,16 @@ def test_sentence_pairs_train_in_fp16_at_every_stage(place: Place, stage: int) -
 
 
 @pytest.mark.world
+def test_images_train_alike_without_zero_and_at_stage_2(place: Place) -> None:
+    script = (str(EXAMPLES / "cv_example.py"), "--max_train_steps", "8", "--max_train_samples", "512")
+    plain = place.launch("cv_short", "--num_processes", "2", *script)
+    sharded = place.launch("cv_short_stage2", "--num_processes", "2", "--zero_stage", "2", *script)
+    assert math.isfinite(plain.rows[-1]["train_loss"])
+    assert sharded.measured() == plain.measured() != []
+
+
+@pytest.mark.world
+@pytest.mark.slow
 def test_images_are_learnt_alike_without_zero_at_stage_2_and_after_a_resume(place: Place) -> None:
     script = (str(EXAMPLES / "cv_example.py"), "--num_train_epochs", "2")
     plain = place.launch("cv_plain", "--num_processes", "2", *script)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +14,7 @@ import torch.distributed as dist
 from shardwise import operations, roll_call
 from shardwise.errors import CollectiveError
 from shardwise.process import PartialState
+from tests.scripts import run_on_ranks
 from tests.worlds import World
 
 both = pytest.mark.parametrize("world", [2, 3], indirect=True)
@@ -141,12 +138,12 @@ def test_many_roll_calls_leave_a_handful_of_keys(world: World) -> None:
     assert all(keys < 12 * world.size for keys in world.run(meet_often))
 
 
-def test_a_rank_that_has_left(world3: World) -> None:
-    assert_told(world3, leave_early, {rank: ("broadcast", "rank 2 has left its script") for rank in (0, 1)})
+def test_a_rank_that_has_left(own_world: Callable[..., World]) -> None:
+    assert_told(own_world(3), leave_early, {rank: ("broadcast", "rank 2 has left its script") for rank in (0, 1)})
 
 
-def test_a_rank_that_trains_on(world2: World) -> None:
-    assert_told(world2, train_on, {0: ("gather_object", "rank 1 has begun step")})
+def test_a_rank_that_trains_on(own_world: Callable[..., World]) -> None:
+    assert_told(own_world(2), train_on, {0: ("gather_object", "rank 1 has begun step")})
 
 
 def test_a_rank_that_never_comes(own_world: Callable[..., World]) -> None:
@@ -169,21 +166,9 @@ if state.process_index == int(sys.argv[1]):
 @pytest.mark.parametrize("alone", [0, 1])
 def test_the_end_of_a_real_script(alone: int) -> None:
     """Also where the rank that ends is the one that keeps the store."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(alone)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
-    assert ranks[1 - alone].returncode == 0, errors[1 - alone]
+    ranks = run_on_ranks(2, SCRIPT, str(alone))
+    assert ranks[1 - alone].returncode == 0, ranks[1 - alone].stderr
     assert ranks[alone].returncode == 1
-    assert "CollectiveError" in errors[alone] and "wait_for_everyone" in errors[alone], errors[alone]
-    assert "has left its script" in errors[alone] or "has ended" in errors[alone], errors[alone]
+    told = ranks[alone].stderr
+    assert "CollectiveError" in told and "wait_for_everyone" in told, told
+    assert "has left its script" in told or "has ended" in told, told

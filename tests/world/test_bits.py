@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from tests.grids import grid
 from tests.references import GPT, MLP, WIDE, Recipe, assert_same, train_with_ddp
 from tests.world.engine_runs import STAGES, config_of, equals_reference, reference_of, stages_agree
 from tests.worlds import World
@@ -15,13 +16,16 @@ def ordered_ddp_equals_reference(recipe: Recipe) -> None:
     assert_same(train_with_ddp(recipe), reference_of(recipe, "once"), "ordered DDP against one process")
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4], indirect=True)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    grid([1, 2, 3, 4], STAGES, quick=[(1, 3), *((2, stage) for stage in STAGES), (3, 3), (4, 0), (4, 2), (4, 3)]),
+    indirect=["world"],
+)
 def test_twenty_steps_of_a_wide_model(world: World, stage: int) -> None:
     world.run(equals_reference, WIDE, config_of(stage))
 
 
-@pytest.mark.parametrize("world", [2, 3, 4], indirect=True)
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow), 4], indirect=True)
 def test_twenty_steps_of_ordered_ddp(world: World) -> None:
     world.run(ordered_ddp_equals_reference, WIDE)
 

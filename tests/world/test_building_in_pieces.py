@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -211,8 +212,8 @@ def parting() -> None:
     built.in_pieces(build, max_whole_bytes=2 * 4 * 61**2)
 
 
-def test_ranks_that_part_ways_are_named(world2: World) -> None:
-    failures = world2.run_expecting_errors(parting)
+def test_ranks_that_part_ways_are_named(own_world: Callable[..., World]) -> None:
+    failures = own_world(2).run_expecting_errors(parting)
     words = [str(failure) for failure in failures if failure is not None]
     assert words and any("Linear.weight (the" in word and "zero.Init" in word for word in words), words
 

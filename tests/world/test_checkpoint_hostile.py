@@ -21,7 +21,7 @@ from shardwise.checkpoint.manifest import MANIFEST, complete_tags
 from shardwise.errors import CheckpointError
 from shardwise.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 from tests.checkpoints import begin, differences, train_steps
-from tests.front.command import shardwise
+from tests.front.command import shardwise_here
 from tests.world.engine_runs import config_of
 
 SEED, TRIES = 11, 120
@@ -233,7 +233,7 @@ def test_commands_say_it_in_a_line(directory: Path, tmp_path: Path, damage: Call
     script = subprocess.run(
         [sys.executable, "zero_to_fp32.py", ".", "out.bin"], cwd=directory, capture_output=True, text=True
     )
-    command = shardwise("consolidate", str(directory), str(tmp_path / "out.safetensors"), temporary=tmp_path)
+    command = shardwise_here("consolidate", str(directory), str(tmp_path / "out.safetensors"), cwd=tmp_path)
     for done in (script, command):
         assert done.returncode in (1, 2)
         assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr

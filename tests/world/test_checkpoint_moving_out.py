@@ -18,7 +18,7 @@ from shardwise.errors import CheckpointError, ConfigError
 from tests import real_models
 from tests.checkpoints import Whole, join, optimizer_parts
 from tests.foreign import STEPS, build_odd, odd_adamw, odd_loss, unpack
-from tests.front.command import shardwise as run
+from tests.front.command import shardwise_here as run
 from tests.world.engine_runs import config_of, open_engine, rank
 from tests.worlds import World
 
@@ -77,7 +77,7 @@ def test_plain_torch_loads_weights_and_moments(
     world2: World, stage: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     wanted = join(world2.run(train_and_export, str(tmp_path), stage, settings))
-    done = run("convert", "own", "offline", "--to", "dcp", temporary=tmp_path, cwd=tmp_path)
+    done = run("convert", "own", "offline", "--to", "dcp", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] == ".") == [], "the way out was left"
     for way in ("live", "offline"):
@@ -145,7 +145,7 @@ def test_from_pretrained_gives_the_same_weights(
     assert json.loads((tmp_path / "live" / "config.json").read_text())["architectures"] == [like.__name__]
     assert (tmp_path / "live" / "model.safetensors.index.json").exists()
     dtype = "bf16" if settings else "fp32"
-    done = run("consolidate", "own", "offline", "--like", "live", "--dtype", dtype, temporary=tmp_path, cwd=tmp_path)
+    done = run("consolidate", "own", "offline", "--like", "live", "--dtype", dtype, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for way in ("live", "offline"):
         model = like.from_pretrained(tmp_path / way)
@@ -171,5 +171,5 @@ def test_other_models_and_directories_are_refused(world2: World, tmp_path: Path)
         assert "Linear" in said and "write_weights" in said
     assert not (tmp_path / "out").exists()
     (tmp_path / "latest").write_text("absent")
-    done = run("consolidate", ".", "out", "--like", "nowhere", temporary=tmp_path, cwd=tmp_path)
+    done = run("consolidate", ".", "out", "--like", "nowhere", cwd=tmp_path)
     assert done.returncode == 2 and "config.json" in done.stderr and not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tests import models
+from tests.grids import grid
 from tests.references import MLP, Recipe
 from tests.world.engine_runs import STAGES, config_of, equals_reference
 from tests.worlds import World
@@ -33,8 +34,14 @@ def recipe_of(how: str, backend: str) -> Recipe:
     return dataclasses.replace(MLP, model=functools.partial(build_compiled, how, backend), steps=2)
 
 
-@pytest.mark.parametrize("how", ["in place", "wrapped"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    grid(
+        STAGES,
+        ["in place", "wrapped"],
+        quick=[(0, "wrapped"), (1, "in place"), (2, "wrapped"), (3, "in place"), (3, "wrapped")],
+    ),
+)
 def test_compiled_blocks(world2: World, stage: int, how: str) -> None:
     world2.run(equals_reference, recipe_of(how, "aot_eager"), config_of(stage))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -167,8 +168,8 @@ def disagreeing(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["other parameters", "one rank alone", "another shape"])
-def test_ranks_that_disagree_are_named(world2: World, how: str) -> None:
-    failures = world2.run_expecting_errors(disagreeing, how)
+def test_ranks_that_disagree_are_named(own_world: Callable[..., World], how: str) -> None:
+    failures = own_world(2).run_expecting_errors(disagreeing, how)
     assert any("GatheredParameters" in str(failure) or "blocks.0.up.weight" in str(failure) for failure in failures)
 
 

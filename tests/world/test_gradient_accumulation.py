@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.grids import grid
 from tests.references import MLP, Cadence, Recipe, Record, assert_near, assert_same, losses_of
 from tests.world.engine_runs import (
     STAGES,
@@ -77,9 +79,15 @@ def run(recipe: Recipe, config: dict[str, Any], style: Any, cadence: Cadence) ->
     assert_same(record, reference_of(recipe, cadence), f"{style.__name__}, reduced {cadence}")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
-@pytest.mark.parametrize("style", [engine_backward, plain_backward, explicit_boundary])
-@pytest.mark.parametrize("stage", STAGES)
+STYLES = (engine_backward, plain_backward, explicit_boundary)
+
+
+@pytest.mark.parametrize(
+    ("stage", "style", "accumulation"),
+    grid(STAGES, STYLES, [1, 2, 3], quick=itertools.chain(
+        itertools.product(STAGES, STYLES, [3]), itertools.product([0, 3], STYLES, [1])
+    )),
+)  # fmt: skip
 def test_styles_of_the_config(world2: World, stage: int, style: Any, accumulation: int) -> None:
     recipe = dataclasses.replace(MLP, accumulation=accumulation)
     config = config_of(stage, accumulation=accumulation)

@@ -90,13 +90,14 @@ def test_every_case_starts_from_the_same_seed(world2: World) -> None:
     assert torch.equal(first[0], second[1])
 
 
-def test_an_exception_comes_back_with_rank_and_traceback(world2: World) -> None:
+def test_an_exception_comes_back_with_rank_and_traceback(own_world: Callable[..., World]) -> None:
+    world = own_world(2)
     with pytest.raises(CaseError, match="failed on rank 1 of 2") as caught:
-        world2.run(fail_on, 1)
+        world.run(fail_on, 1)
     assert "a fault on purpose, rank 1" in str(caught.value)
     assert "in fail_on" in str(caught.value)
     assert [failure.rank for failure in caught.value.failures] == [1]
-    assert world2.run(sum_of_ranks, 0)[0][1].item() == 1.0
+    assert world.run(sum_of_ranks, 0)[0][1].item() == 1.0
 
 
 def test_expected_errors_are_results_and_a_reusable_world_is_kept(world2: World) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 import shardwise
 from shardwise.errors import ConfigError
-from tests.front.command import shardwise as shardwise_command
 from tests.references import MLP
+from tests.scripts import run_on_ranks
 from tests.world.engine_runs import STAGES, config_of, equals_reference
 from tests.worlds import World
 
@@ -72,11 +71,10 @@ print("left")
 """
 
 
-def test_a_group_that_was_ended_leaves_no_thread_behind(tmp_path: Path) -> None:
+def test_a_group_that_was_ended_leaves_no_thread_behind() -> None:
     """One that still runs at the process's exit may abort it."""
-    (tmp_path / "life.py").write_text(LIFE)
-    done = shardwise_command("launch", "--cpu", "-q", "-n", "2", "life.py", temporary=tmp_path, cwd=tmp_path)
-    assert (done.returncode, done.stdout.count("left")) == (0, 2), done.stderr
+    for rank in run_on_ranks(2, LIFE):
+        assert (rank.returncode, rank.stdout) == (0, "left\n"), rank.stderr
 
 
 END = """
@@ -97,8 +95,7 @@ def main():
 
 
 @pytest.mark.parametrize("last_words", ["", "    dist.destroy_process_group()\n"])
-def test_a_script_that_ends_takes_the_groups_threads_along(tmp_path: Path, last_words: str) -> None:
+def test_a_script_that_ends_takes_the_groups_threads_along(last_words: str) -> None:
     """Its engine was never closed, and the group was ended under it, or not at all."""
-    (tmp_path / "end.py").write_text(f"{END}{last_words}main()\n")
-    done = shardwise_command("launch", "--cpu", "-q", "-n", "2", "end.py", temporary=tmp_path, cwd=tmp_path)
-    assert (done.returncode, done.stdout.count("left with 0")) == (0, 2), done.stdout + done.stderr
+    for rank in run_on_ranks(2, f"{END}{last_words}main()\n"):
+        assert (rank.returncode, rank.stdout) == (0, "left with 0\n"), rank.stderr

@@ -12,14 +12,13 @@ import torch
 
 from shardwise.optim.json_optimizers import build_optimizer
 from tests import models
+from tests.grids import grid
 from tests.references import GPT, MLP, WIDE, Recipe, assert_same
 from tests.world.engine_runs import Config, config_of, train_with_engine
 from tests.world.offload_runs import PAIRS, host_memory_apart, zero_block
 from tests.world.test_unused_parameters import parts_unused_on_some_ranks, with_choice
 from tests.worlds import World
 
-STEPS = 20
-ACCUMULATED = dataclasses.replace(WIDE, steps=STEPS, accumulation=2)
 TIED = dataclasses.replace(GPT, steps=6)
 
 
@@ -40,9 +39,11 @@ def compare(
     assert not list(directory.glob("*/*")), "files were left behind"
 
 
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world", [1, 2], indirect=True)
-def test_accumulation_and_clipping_in_fp32(world: World, tmp_path: Path) -> None:
-    compare(world, ACCUMULATED, tmp_path, PAIRS, accumulation=2, gradient_clipping=0.5)
+def test_accumulation_and_clipping_in_fp32(world: World, steps: int, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(WIDE, steps=steps, accumulation=2)
+    compare(world, recipe, tmp_path, PAIRS, accumulation=2, gradient_clipping=0.5)
 
 
 @pytest.mark.parametrize("world", [2, 3], indirect=True)
@@ -52,8 +53,9 @@ def test_whole_parameters(world: World, stage: int, tmp_path: Path) -> None:
     compare(world, recipe, tmp_path, pairs, stage, accumulation=2, gradient_clipping=0.5)
 
 
-@pytest.mark.parametrize("world", [1, 2], indirect=True)
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("world", "precision"), grid([1, 2], ["bf16", "fp16"], quick=[(1, "fp16"), (2, "bf16")]), indirect=["world"]
+)
 def test_sixteen_bits(world: World, precision: str, tmp_path: Path) -> None:
     compare(world, TIED, tmp_path, PAIRS, gradient_clipping=0.5, **{precision: {"enabled": True}})
 

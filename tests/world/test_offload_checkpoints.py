@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.checkpoints import Whole, begin, differences, join, optimizer_parts, train_steps
+from tests.grids import grid
 from tests.world.engine_runs import config_of
 from tests.world.offload_runs import host_memory_apart, zero_block
 from tests.worlds import World, WorldPool
@@ -57,17 +58,16 @@ def load(directories: list[str], files: str, settings: dict[str, Any]) -> list[t
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, NARROW], ids=["fp32", "bf16"])
-def test_every_place_reads_every_other(worlds: WorldPool, settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "settings"), grid([1, 3], [{}, NARROW], quick=[(1, {}), (3, NARROW)]))
+def test_every_place_reads_every_other(worlds: WorldPool, size: int, settings: dict[str, Any], tmp_path: Path) -> None:
     of_ranks = worlds[2].run(save, str(tmp_path), settings)
     directories = [f"{tmp_path}/{row}" for row in of_ranks[0]]
     wanted = [(of_ranks[0][row][0], join([of_rank[row][1] for of_rank in of_ranks])) for row in of_ranks[0]]
-    for size in (1, 3):
-        loaded = worlds[size].run(load, directories, f"{tmp_path}/files", settings)
-        for number, found in enumerate(loaded[0]):
-            weights, moments = wanted[number % len(directories)]
-            assert not differences(found[0], weights), number
-            assert not differences(join([of_rank[number][1] for of_rank in loaded]), moments), number
+    loaded = worlds[size].run(load, directories, f"{tmp_path}/files", settings)
+    for number, found in enumerate(loaded[0]):
+        weights, moments = wanted[number % len(directories)]
+        assert not differences(found[0], weights), number
+        assert not differences(join([of_rank[number][1] for of_rank in loaded]), moments), number
 
 
 def goes_on_alike(directory: str, config: dict[str, Any]) -> None:

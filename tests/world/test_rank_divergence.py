@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -84,18 +85,20 @@ def test_whole_parameters_are_right(world2: World, stage: int, name: str) -> Non
 @pytest.mark.parametrize("check", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "check_collectives"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", RECIPES)
-def test_sharded_parameters_are_right_or_loud(world2: World, name: str, transport: str, check: bool) -> None:
+def test_sharded_parameters_are_right_or_loud(
+    own_world: Callable[..., World], name: str, transport: str, check: bool
+) -> None:
     config = config_of(3, shardwise={"transport": transport, "check_collectives": check})
-    assert_right_or_loud(world2.run_expecting_errors(diverge, RECIPES[name], config), NAMED[name])
+    assert_right_or_loud(own_world(2).run_expecting_errors(diverge, RECIPES[name], config), NAMED[name])
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_forward_alone_is_right_or_loud(world2: World, transport: str) -> None:
-    config = config_of(3, shardwise={"transport": transport})
-    failures = world2.run_expecting_errors(look_at_both_branches, config)
+def test_a_forward_alone_is_right_or_loud(own_world: Callable[..., World], transport: str) -> None:
+    world, config = own_world(2), config_of(3, shardwise={"transport": transport})
+    failures = world.run_expecting_errors(look_at_both_branches, config)
     assert_right_or_loud(failures, ("branch_a", "branch_b"))
     if failures == [None, None]:
         model = models.build_branches()
         inputs = models.vectors(0, 0)[0]
-        for output, branch in zip(world2.run(look_at_both_branches, config), "ab", strict=True):
+        for output, branch in zip(world.run(look_at_both_branches, config), "ab", strict=True):
             assert torch.equal(output, model(inputs, branch))

@@ -23,6 +23,7 @@ pytest.importorskip("transformers", reason="transformers is not installed (the e
 from shardwise.plugin import DeepSpeedPlugin
 from tests import real_models as real
 from tests.accelerators import accelerator_of
+from tests.grids import grid
 from tests.real_models import json_of
 from tests.references import Recipe, Record, assert_near, assert_same
 from tests.world.engine_runs import Config, rank, reference_of
@@ -149,7 +150,7 @@ def test_leaf_modules_by_the_plugin(world2: World) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "reentrant"),
-    [(real.LLAMA, False), (real.LLAMA, True), (real.GPT2, False), (real.GPT2, True), (real.T5, False)],
+    [*grid([real.LLAMA, real.GPT2], [False, True], quick=[(real.LLAMA, False), (real.GPT2, True)]), (real.T5, False)],
 )
 def test_gradient_checkpointing(world2: World, recipe: Recipe, reentrant: bool) -> None:
     model = functools.partial(real.recomputing, recipe.model, reentrant)

@@ -39,21 +39,23 @@ def launched(settings: Settings, size: int, temporary: Path, restarts: int) -> s
     )
 
 
-def assert_goes_on(worlds: WorldPool, tmp_path: Path, size: int, front: str, stage: int, async_save: bool) -> None:
+def kills_of(size: int) -> list[Kill]:
     """One rank dies between two saves, another one in the middle of a save, the first again before anything new."""
+    return [Kill(0, size - 1, 8), Kill(1, 0, 10, at_write=3), Kill(2, size - 1, 6)]
+
+
+def assert_goes_on(worlds: WorldPool, tmp_path: Path, kills: list[Kill], size: int, told: dict[str, Any]) -> None:
     alone, killed, temporary = tmp_path / "alone", tmp_path / "killed", tmp_path / "temporary"
     for directory in (alone, killed, temporary):
         directory.mkdir()
-    told: dict[str, Any] = {"front": front, "stage": stage, "async_save": async_save}
     worlds[size].run(never_killed, Settings(str(alone), **told))
-    kills = [Kill(0, size - 1, 8), Kill(1, 0, 10, at_write=3), Kill(2, size - 1, 6)]
     done = launched(Settings(str(killed), **told, kills=kills), size, temporary, len(kills))
 
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("killed by SIGKILL") == len(kills), done.stderr
     for number in range(size):
         wanted = said(alone, number, 0)
-        assert len(wanted) == EPOCHS * (NUM_SAMPLES // 3 // size + (front == "accelerator" and size == 3)) + 1
+        assert len(wanted) == EPOCHS * (NUM_SAMPLES // 3 // size + (told["front"] == "accelerator" and size == 3)) + 1
         attempts = [said(killed, number, attempt) for attempt in range(len(kills) + 1)]
         for attempt, found in enumerate(attempts):
             assert found.items() <= wanted.items(), f"rank {number}, attempt {attempt}"
@@ -62,7 +64,7 @@ def assert_goes_on(worlds: WorldPool, tmp_path: Path, size: int, front: str, sta
 
 
 def test_kills_under_the_launcher(worlds: WorldPool, tmp_path: Path) -> None:
-    assert_goes_on(worlds, tmp_path, 2, "accelerator", 3, async_save=True)
+    assert_goes_on(worlds, tmp_path, kills_of(2)[:2], 2, {"front": "accelerator", "stage": 3, "async_save": True})
 
 
 @pytest.mark.slow
@@ -73,4 +75,5 @@ def test_kills_under_the_launcher(worlds: WorldPool, tmp_path: Path) -> None:
 def test_every_way_to_save(
     worlds: WorldPool, tmp_path: Path, size: int, stage: int, front: str, async_save: bool
 ) -> None:
-    assert_goes_on(worlds, tmp_path, size, front, stage, async_save)
+    told = {"front": front, "stage": stage, "async_save": async_save}
+    assert_goes_on(worlds, tmp_path, kills_of(size), size, told)

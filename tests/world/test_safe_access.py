@@ -24,6 +24,7 @@ from shardwise.utils import (
     safe_set_local_optimizer_state,
 )
 from tests import pieces as built
+from tests.grids import grid
 from tests.references import adamw_in_two_groups
 from tests.world.engine_runs import STAGES, config_of, open_engine, rank, world_size
 from tests.worlds import World
@@ -108,8 +109,10 @@ def assert_equal(found: list[dict[str, States]], wanted: list[dict[str, States]]
                 assert ours is None or theirs is None or torch.equal(ours, theirs), (stage, name)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3], indirect=True)
-@pytest.mark.parametrize("kind", KINDS)
+WORLDS_AND_KINDS = grid([1, 2, 3], KINDS, quick=[(1, "fp16"), (2, "bf16"), (3, "fp32")])
+
+
+@pytest.mark.parametrize(("world", "kind"), WORLDS_AND_KINDS, indirect=["world"])
 def test_all_stages_show_the_same_and_looking_changes_nothing(world: World, kind: str) -> None:
     world.run(same_at_all_stages, kind)
 
@@ -190,8 +193,7 @@ def place_of_my_part(parameter: Tensor) -> slice:
     return slice(begin, begin + mine)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3], indirect=True)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("world", "kind"), WORLDS_AND_KINDS, indirect=["world"])
 def test_what_is_set_is_trained(world: World, kind: str) -> None:
     for stage in STAGES:
         world.run(set_everything, stage, kind, locally=False)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import shardwise
 from shardwise.errors import StateError
+from tests.grids import grid
 from tests.references import MLP
 from tests.world.engine_runs import config_of, open_engine, rank
 from tests.worlds import World
@@ -19,7 +20,7 @@ GIVEN_UP = "rank 0 has given up"
 STEPS_OF_RANK = {0: 4, 1: 2}
 
 
-def run_out_of_data(stage: int, transport: str, stay: bool) -> None:
+def run_out_of_data(stage: int, stay: bool, transport: str) -> None:
     """Rank 1 has two batches, rank 0 four. `stay` keeps rank 1's engine open until rank 0 has given up."""
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     shardwise.init_distributed(timeout=timeout)
@@ -38,11 +39,20 @@ def run_out_of_data(stage: int, transport: str, stay: bool) -> None:
             store.set(GIVEN_UP, "")
 
 
-@pytest.mark.parametrize("transport", ["process_group", "shared_memory"])
-@pytest.mark.parametrize(("stage", "stay"), [(1, False), (3, True), (3, False)])
-def test_data_run_out_on_one_rank(own_world: Callable[..., World], stage: int, stay: bool, transport: str) -> None:
+STAYING, LEAVING = (3, True), (3, False)
+
+
+@pytest.mark.parametrize(
+    ("case", "transport"),
+    grid(
+        [(1, False), STAYING, LEAVING],
+        ["process_group", "shared_memory"],
+        quick=[((1, False), "process_group"), (STAYING, "shared_memory"), (LEAVING, "process_group")],
+    ),
+)
+def test_data_run_out_on_one_rank(own_world: Callable[..., World], case: tuple[int, bool], transport: str) -> None:
     world = own_world(2, process_group=False, grace_seconds=60.0)
-    failures = world.run_expecting_errors(run_out_of_data, stage, transport, stay)
+    failures = world.run_expecting_errors(run_out_of_data, *case, transport)
     assert failures[1] is None, failures[1]
     assert failures[0] is not None, "rank 0 went on without the other"
     assert isinstance(failures[0].exception, StateError), failures[0].traceback

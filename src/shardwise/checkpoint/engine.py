@@ -14,7 +14,6 @@ from torch import nn
 
 from shardwise import roll_call
 from shardwise.checkpoint import export, randomness
-from shardwise.checkpoint.dcp import write_dcp
 from shardwise.checkpoint.load import Checkpoint, load, locate, logger, open_together
 from shardwise.checkpoint.model import IncompatibleKeys, Trained, Wishes
 from shardwise.checkpoint.model_settings import pretrained, write_settings
@@ -149,6 +148,8 @@ def export_pretrained(trained: Trained, module: nn.Module, output: Path, max_sha
 
 def export_dcp(trained: Trained, output: Path) -> None:
     """Write a checkpoint of ``torch.distributed.checkpoint`` from rank 0, by way of one of ours. Collective."""
+    from shardwise.checkpoint.dcp import write_dcp  # a second or more, for the few scripts that export
+
     roll_call.answer(f"export_dcp({output.name!r})")
     meeting = EngineMeeting(trained.comm, trained.counters["global_steps"])
     place = Place(output.with_name(f".{output.name}.export"), "whole", save_latest=False)
