@@ -124,6 +124,8 @@ class Background:
     def start(self, place: Place, content: Content, meeting: Meeting) -> None:
         """Copy what is to be written to host memory, and write it while training goes on. Collective.
 
+        The optimizer's state is copied while training goes on, too: the next step waits for that.
+
         Raises:
             CheckpointError: something cannot be kept; or the save before this one failed.
         """
@@ -139,6 +141,9 @@ class Background:
         # No daemon: a script that ends waits for its last checkpoint.
         self._thread = threading.Thread(target=self._saving.run_beside_training, name="shardwise-save")
         self._thread.start()
+        for trained in content.models:
+            if trained.step is not None:
+                trained.step.readers.add(self._saving.wait_until_copied)
 
     def finish(self, meeting: Meeting) -> None:
         """Return when the save is complete on all ranks. Collective where one was started.
@@ -211,6 +216,7 @@ class _Save:
             part.add_buffers([name for name, ranks in owners.items() if rank in ranks])
         self._entries = [entry for part in self._parts for entry in part.entries] + trees
         self._image: FileImage | None = None
+        self._is_copied = threading.Event()
         self._words = words
 
     def _prepare_directory(self) -> None:
@@ -237,15 +243,23 @@ class _Save:
         return any(not isinstance(part, InMemory) for entry in self._entries for part in entry.parts)
 
     def copy_to_host(self, slabs: list[Slab]) -> None:
-        """Training may change everything from here on; ``slabs`` are for the copy, and become as many as it needs."""
+        """Training may change all but the optimizer's state from here on.
+
+        ``slabs`` are for the copy, and become as many as it needs.
+        """
         self._image = FileImage(self._entries, slabs)
         self._entries = []
+
+    def wait_until_copied(self) -> None:
+        """Return when training may change the optimizer's state, too."""
+        self._is_copied.wait()
 
     def run_beside_training(self) -> None:
         """What ``run`` does, meeting in the directory; a failure is kept for ``raise_failure``."""
         self._failure: Exception | None = None
         try:
             try:
+                self._complete_image()
                 said: dict[str, Any] = {"result": self._write()}
             except (ShardwiseError, OSError) as error:
                 self._path().unlink(missing_ok=True)
@@ -259,6 +273,13 @@ class _Save:
             self._failure = error
         if self._failure is not None:  # said at once as well: a script may end without another call
             logger.error("the checkpoint %s was not completed: %s", self._place.own_directory, self._failure)
+
+    def _complete_image(self) -> None:
+        try:
+            if self._image is not None:
+                self._image.complete()
+        finally:
+            self._is_copied.set()
 
     def raise_failure(self) -> None:
         """What went wrong beside training."""
