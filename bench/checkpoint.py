@@ -8,7 +8,7 @@ there already, in the faster of two ways: through the page cache, or around it.
 A save is over when the disk has it (files are synced where a contender leaves that to chance; what it had taken until
 it returned is printed too). A load begins with files that are not in the page cache.
 
-Who saves beside training trains a step meanwhile. What it stalls is what the call takes, and what the step is held up by
+Who saves beside training trains a step meanwhile. Its stall is what the call takes, and what the step then waits for
 copies that the call has left to be done.
 """
 
