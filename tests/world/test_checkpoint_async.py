@@ -16,10 +16,10 @@ import torch
 
 from shardwise.checkpoint import shard_file
 from shardwise.checkpoint.manifest import complete_tags
-from shardwise.checkpoint.save import _Save
 from shardwise.checkpoint.shard_file import FileImage
 from shardwise.errors import CheckpointError
 from shardwise.zero.access import safe_set_full_optimizer_state
+from shardwise.zero.state_readers import StateReaders
 from tests.checkpoints import begin, optimizer_parts, train_steps
 from tests.world.engine_runs import STAGES, config_of, rank
 from tests.worlds import World
@@ -46,17 +46,18 @@ class LastMoment:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.somebody_waits = threading.Event()
-        self._complete, self._wait = FileImage.complete, _Save.wait_until_copied
+        self._complete, self._wait = FileImage.complete, StateReaders.wait
         monkeypatch.setattr(FileImage, "complete", lambda image: self._complete_late(image))
-        monkeypatch.setattr(_Save, "wait_until_copied", lambda saving: self._wait_for(saving))
+        monkeypatch.setattr(StateReaders, "wait", lambda readers: self._wait_for(readers))
 
     def _complete_late(self, image: FileImage) -> None:
         assert self.somebody_waits.wait(30), "nobody waits for the copy"
         self._complete(image)
 
-    def _wait_for(self, saving: _Save) -> None:
-        self.somebody_waits.set()
-        self._wait(saving)
+    def _wait_for(self, readers: StateReaders) -> None:
+        if readers._ends:
+            self.somebody_waits.set()
+        self._wait(readers)
 
 
 def saves_beside_training(stage: int, directory: str) -> None:

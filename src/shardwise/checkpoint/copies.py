@@ -53,8 +53,7 @@ class Filling:
         """What must be copied now, and what may be copied later."""
         parts = Filling(nbytes=self.nbytes), Filling(nbytes=self.nbytes)
         for copy in self.copies:
-            # What comes from a device goes over the bus, faster than any disk, and in the order of its stream.
-            parts[copy.steady and copy.source.device.type == "cpu"].copies.append(copy)
+            parts[copy.steady].copies.append(copy)
         return parts
 
     def fill(self, slab: Slab) -> None:

@@ -143,7 +143,7 @@ class Background:
         self._thread.start()
         for trained in content.models:
             if trained.step is not None:
-                trained.step.readers.add(self._saving.wait_until_copied)
+                trained.step.readers.add(self._saving.is_copied)
 
     def finish(self, meeting: Meeting) -> None:
         """Return when the save is complete on all ranks. Collective where one was started.
@@ -181,6 +181,8 @@ class _Save:
         self._place = place
         self._meeting = meeting
         self._claims = claims
+        self.is_copied = threading.Event()
+        """Set when training may change the optimizer's state, too, after ``copy_to_host``."""
         self._gather(content)
 
     # --- gather
@@ -216,7 +218,6 @@ class _Save:
             part.add_buffers([name for name, ranks in owners.items() if rank in ranks])
         self._entries = [entry for part in self._parts for entry in part.entries] + trees
         self._image: FileImage | None = None
-        self._is_copied = threading.Event()
         self._words = words
 
     def _prepare_directory(self) -> None:
@@ -249,10 +250,8 @@ class _Save:
         """
         self._image = FileImage(self._entries, slabs)
         self._entries = []
-
-    def wait_until_copied(self) -> None:
-        """Return when training may change the optimizer's state, too."""
-        self._is_copied.wait()
+        for part in self._parts:
+            part.entries.clear()  # a state that a load replaces must not live on until the next save
 
     def run_beside_training(self) -> None:
         """What ``run`` does, meeting in the directory; a failure is kept for ``raise_failure``."""
@@ -279,7 +278,7 @@ class _Save:
             if self._image is not None:
                 self._image.complete()
         finally:
-            self._is_copied.set()
+            self.is_copied.set()
 
     def raise_failure(self) -> None:
         """What went wrong beside training."""

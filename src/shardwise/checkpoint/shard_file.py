@@ -129,7 +129,13 @@ class _Contents:
         yield Source(self._header, steady=True)
         for entry in self._ordered:
             for part in entry.parts:
-                yield Source(part.load(), entry.steady)
+                tensor = part.load()
+                yield Source(tensor, _is_steady(entry, tensor))
+
+
+def _is_steady(entry: Entry, tensor: torch.Tensor) -> bool:
+    # What comes from a device takes a bus that is faster than any disk, and its turn in a stream.
+    return entry.steady and tensor.device.type == "cpu"
 
 
 class _Writing:
@@ -236,8 +242,12 @@ class FileImage:
         slabs += [Slab(IMAGE_SLAB_BYTES, contents.on_device) for _ in range(len(fillings) - len(slabs))]
         self._slabs = slabs
         now, self._later = zip(*(filling.split() for filling in fillings), strict=True)
-        steady = [(entry.key, part.load()) for entry in entries if entry.steady for part in entry.parts]
-        self._versions = [(key, tensor, torch_compat.version_of(tensor)) for key, tensor in steady]
+        self._versions = [
+            (entry.key, tensor, torch_compat.version_of(tensor))
+            for entry in entries
+            for tensor in (part.load() for part in entry.parts)
+            if _is_steady(entry, tensor)
+        ]
         fill_all(now, slabs)
 
     def complete(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -21,12 +21,13 @@ class StateReaders:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._ends: list[Callable[[], None]] = []
+        self._ends: list[threading.Event] = []
         self._before_step: RemovableHandle | None = None
 
-    def add(self, wait_for_end: Callable[[], None]) -> None:
-        """Somebody has begun to read; ``wait_for_end`` returns when that is over."""
-        self._ends.append(wait_for_end)
+    def add(self, end: threading.Event) -> None:
+        """Somebody has begun to read, and sets ``end`` when that is over, whatever happens."""
+        self._ends = [earlier for earlier in self._ends if not earlier.is_set()]
+        self._ends.append(end)
         if self._before_step is None:  # most optimizers never have a reader, and need no hook that costs time
             readers = weakref.ref(self)
             self._before_step = self._optimizer.register_step_pre_hook(lambda *_: _wait(readers()))
@@ -34,7 +35,7 @@ class StateReaders:
     def wait(self) -> None:
         """Return when nobody reads any more."""
         while self._ends:
-            self._ends.pop()()
+            self._ends.pop().wait()
 
     def close(self) -> None:
         """``wait``, and leave the optimizer as it was."""
