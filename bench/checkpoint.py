@@ -9,12 +9,14 @@ A save is over when the disk has it (files are synced where a contender leaves t
 it returned is printed too). A load begins with files that are not in the page cache.
 
 Who saves beside training trains a step meanwhile. Its stall is what the call takes, and what the step then waits for
-copies that the call has left to be done.
+copies that the call has left to be done. ``copy`` copies as many bytes to memory that was touched before, and does
+nothing else: the least that a call takes which copies all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import shutil
@@ -23,9 +25,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
@@ -51,6 +54,9 @@ BYTES_PER_PARAMETER = 12
 """fp32 weight and Adam's two moments. DeepSpeed writes 16: the weights twice."""
 PIECE_BYTES = 1 << 22
 DISK = "disk"
+COPY = "copy"
+AT_ONCE = {COPY: "shardwise", "shardwise async": "shardwise", "dcp async": "dcp", "deepspeed": "deepspeed"}
+"""Whose save a stall is compared with."""
 WAYS = ("cached", "direct")
 Seconds = dict[str, float]
 """What one turn took, by the name of what was measured."""
@@ -153,6 +159,37 @@ class Disk:
         """Unmap."""
         for piece in self._pieces:
             piece.close()
+
+
+class Copy:
+    """As many bytes from memory to memory that were touched before, a share by each of torch's threads."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._memories = [mmap(-1, nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS) for _ in range(2)]
+        for memory in self._memories:
+            with suppress(OSError):
+                memory.madvise(MADV_HUGEPAGE)
+            memory[:] = bytes(nbytes)
+
+    def save(self, directory: Path) -> Seconds:
+        """Nothing is written."""
+        source, target = (ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in self._memories)
+        share = -(-self._nbytes // torch.get_num_threads())
+        begins = range(0, self._nbytes, share)
+        seconds: Seconds = {}
+        with _timed(seconds, "stall"), ThreadPoolExecutor(len(begins)) as pool:
+            for begin in begins:
+                pool.submit(ctypes.memmove, target + begin, source + begin, min(share, self._nbytes - begin))
+        return seconds
+
+    def load(self, directory: Path) -> Seconds:
+        """Nothing was written."""
+        return {}
+
+    def close(self) -> None:
+        """Let the memory go."""
+        self._memories.clear()
 
 
 def _trained(name: str, workload: Workload) -> Any:
@@ -329,6 +366,7 @@ def _builders(workload: Workload, stage: int, world: int) -> dict[str, Callable[
     nbytes = BYTES_PER_PARAMETER * workload.count_parameters() // world
     return {
         **{f"{DISK} ({way})": lambda way=way: Disk(nbytes, way) for way in WAYS},  # type: ignore[misc]
+        COPY: lambda: Copy(nbytes),
         "shardwise": lambda: OwnEngine(workload, stage),
         "shardwise async": lambda: OwnEngineBesideTraining(workload, stage),
         "dcp": lambda: TorchCheckpoint(workload, False),
@@ -437,8 +475,8 @@ def _stall_table(ranks: list[dict[str, Measured]]) -> Table:
     for column in ("contender", "ratio, median", "quartiles", "seconds", "first save, seconds"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name in ranks[0]:
-        if (stall := _seconds(ranks, name, "stall")) and (synchronous := name.removesuffix(" async")) in ranks[0]:
-            against = ratios(stall, _seconds(ranks, synchronous, "save"))
+        if (stall := _seconds(ranks, name, "stall")) and name in AT_ONCE:
+            against = ratios(stall, _seconds(ranks, AT_ONCE[name], "save"))
             first = max(rank[name].first["stall"] for rank in ranks)
             table.add_row(name, *ratio_text(against), f"{against.median_seconds:.3f}", f"{first:.3f}")
     return table
