@@ -22,6 +22,7 @@ from shardwise.zero.access import safe_set_full_optimizer_state
 from shardwise.zero.state_readers import StateReaders
 from tests.checkpoints import begin, optimizer_parts, train_steps
 from tests.world.engine_runs import STAGES, config_of, rank
+from tests.world.offload_runs import host_memory_apart, zero_block
 from tests.worlds import World
 
 
@@ -104,6 +105,23 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, LastMoment]]:
     with begin(config_of(0), device="cpu") as engine:
         train_steps(engine, 0, 1)
         yield engine, LastMoment(monkeypatch)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+def test_states_in_host_memory(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They need no training that stops; what a load writes there would be torn as a step's would."""
+    config = config_of(2, zero=zero_block("none", "cpu", tmp_path), **settings)
+    with host_memory_apart(), begin(config, device="cpu") as engine:
+        train_steps(engine, 0, 1)
+        before = state_of(engine)
+        last_moment = LastMoment(monkeypatch)
+        engine.save_checkpoint(tmp_path, "moment", async_save=True)
+        assert engine.memory_report().checkpoint_bytes > 0, "it was saved at once"
+        assert not last_moment.somebody_waits.is_set()
+        train_steps(engine, 1, 2)
+        assert last_moment.somebody_waits.is_set()
+        engine.wait_for_checkpoint()
+        assert_loads(engine, tmp_path, before)
 
 
 def state_of(engine: Any) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:

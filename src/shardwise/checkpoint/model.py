@@ -194,6 +194,11 @@ class Part:
                 digests[name] = _digest(value.detach().cpu().contiguous())
         return digests
 
+    @property
+    def is_in_files(self) -> bool:
+        """Whether some of it is in no memory."""
+        return any(rest.memory() is None for entry in self.entries for rest in entry.parts)
+
     def add_buffers(self, wanted: Collection[str]) -> None:
         """Write those, for they are this rank's own."""
         for name in wanted:
@@ -602,6 +607,7 @@ class Loading:
         trained = self._trained
         trained.comm.exchange(CollectiveId("begin of a load", "", step), b"")
         if trained.step is not None:
+            trained.step.readers.wait()
             trained.step.clear_gradients()
 
     def read_weights(self) -> None:

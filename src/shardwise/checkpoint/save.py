@@ -33,7 +33,6 @@ from shardwise.checkpoint.model import Part, Trained, merge, owners_of_buffers
 from shardwise.checkpoint.shard_file import Entry, FileImage, FileRecord, write_shard_file
 from shardwise.checkpoint.tree import encode
 from shardwise.errors import CheckpointError, ShardwiseError
-from shardwise.zero.rest import InMemory
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +130,8 @@ class Background:
         """
         self.finish(meeting)
         self._saving = _Save(place, content, meeting, self.claims)
-        if self._saving.is_in_stores:
-            # A copy in host memory is what files on NVMe are there to avoid.
+        if self._saving.is_in_files:
+            # A copy in host memory is what they are there to avoid.
             logger.warning("optimizer state or parameters rest in files: the save is written before training goes on.")
             saving, self._saving = self._saving, None
             saving.run()
@@ -203,6 +202,7 @@ class _Save:
             ]
             said = {
                 "models": [part.words() for part in self._parts],
+                "in_files": any(part.is_in_files for part in self._parts),
                 "of_rank": encode(content.of_rank, put, "rank", content.allow_pickle),
             }
             if rank == 0:
@@ -219,6 +219,8 @@ class _Save:
         self._entries = [entry for part in self._parts for entry in part.entries] + trees
         self._image: FileImage | None = None
         self._words = words
+        self.is_in_files = any(word["in_files"] for word in words)
+        """Whether some of it is in no memory of some rank."""
 
     def _prepare_directory(self) -> None:
         directory, own = self._place.directory, self._place.own_directory
@@ -237,11 +239,6 @@ class _Save:
             self._path().unlink(missing_ok=True)
             raise
         agree(self._meeting, "the end of a checkpoint", lambda: self._commit(files))
-
-    @property
-    def is_in_stores(self) -> bool:
-        """Whether some of it is not in memory. All ranks answer alike."""
-        return any(not isinstance(part, InMemory) for entry in self._entries for part in entry.parts)
 
     def copy_to_host(self, slabs: list[Slab]) -> None:
         """Training may change all but the optimizer's state from here on.

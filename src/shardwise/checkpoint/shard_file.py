@@ -121,6 +121,8 @@ class _Contents:
             for entry in self._ordered
             for part in entry.parts
         )
+        self.versions: list[tuple[str, torch.Tensor, int]] = []
+        """Of what was steady when it was cut: key, memory, and how often that had changed."""
 
     def cut(self, slab_bytes: int) -> Iterator[Filling]:
         return cut(self._sources(), slab_bytes)
@@ -129,13 +131,12 @@ class _Contents:
         yield Source(self._header, steady=True)
         for entry in self._ordered:
             for part in entry.parts:
-                tensor = part.load()
-                yield Source(tensor, _is_steady(entry, tensor))
-
-
-def _is_steady(entry: Entry, tensor: torch.Tensor) -> bool:
-    # What comes from a device takes a bus that is faster than any disk, and its turn in a stream.
-    return entry.steady and tensor.device.type == "cpu"
+                for tensor in part.memory() or (part.load(),):
+                    # What comes from a device takes a bus that is faster than any disk, and its turn in a stream.
+                    steady = entry.steady and tensor.device.type == "cpu"
+                    if steady:
+                        self.versions.append((entry.key, tensor, torch_compat.version_of(tensor)))
+                    yield Source(tensor, steady)
 
 
 class _Writing:
@@ -242,12 +243,7 @@ class FileImage:
         slabs += [Slab(IMAGE_SLAB_BYTES, contents.on_device) for _ in range(len(fillings) - len(slabs))]
         self._slabs = slabs
         now, self._later = zip(*(filling.split() for filling in fillings), strict=True)
-        self._versions = [
-            (entry.key, tensor, torch_compat.version_of(tensor))
-            for entry in entries
-            for tensor in (part.load() for part in entry.parts)
-            if _is_steady(entry, tensor)
-        ]
+        self._versions = contents.versions
         fill_all(now, slabs)
 
     def complete(self) -> None:
