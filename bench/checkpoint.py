@@ -7,11 +7,16 @@ there already, in the faster of two ways: through the page cache, or around it.
 
 A save is over when the disk has it (files are synced where a contender leaves that to chance; what it had taken until
 it returned is printed too). A load begins with files that are not in the page cache.
+
+Who saves beside training trains a step meanwhile. Its stall is what the call takes, and what the step then waits for
+copies that the call has left to be done. ``copy`` copies as many bytes to memory that was touched before, and does
+nothing else: the least that a call takes which copies all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import shutil
@@ -20,9 +25,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
@@ -32,6 +38,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils.hooks import RemovableHandle
 
 from bench.contenders import CONTENDERS
 from bench.contenders.engines import EngineTrainer, PatchedLinearTrainer
@@ -47,6 +54,9 @@ BYTES_PER_PARAMETER = 12
 """fp32 weight and Adam's two moments. DeepSpeed writes 16: the weights twice."""
 PIECE_BYTES = 1 << 22
 DISK = "disk"
+COPY = "copy"
+AT_ONCE = {COPY: "shardwise", "shardwise async": "shardwise", "dcp async": "dcp", "deepspeed": "deepspeed"}
+"""Whose save a stall is compared with."""
 WAYS = ("cached", "direct")
 Seconds = dict[str, float]
 """What one turn took, by the name of what was measured."""
@@ -151,6 +161,37 @@ class Disk:
             piece.close()
 
 
+class Copy:
+    """As many bytes from memory to memory that were touched before, a share by each of torch's threads."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._memories = [mmap(-1, nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS) for _ in range(2)]
+        for memory in self._memories:
+            with suppress(OSError):
+                memory.madvise(MADV_HUGEPAGE)
+            memory[:] = bytes(nbytes)
+
+    def save(self, directory: Path) -> Seconds:
+        """Nothing is written."""
+        source, target = (ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in self._memories)
+        share = -(-self._nbytes // torch.get_num_threads())
+        begins = range(0, self._nbytes, share)
+        seconds: Seconds = {}
+        with _timed(seconds, "stall"), ThreadPoolExecutor(len(begins)) as pool:
+            for begin in begins:
+                pool.submit(ctypes.memmove, target + begin, source + begin, min(share, self._nbytes - begin))
+        return seconds
+
+    def load(self, directory: Path) -> Seconds:
+        """Nothing was written."""
+        return {}
+
+    def close(self) -> None:
+        """Let the memory go."""
+        self._memories.clear()
+
+
 def _trained(name: str, workload: Workload) -> Any:
     """A contender of the training benchmark after one step, so that there is an optimizer's state."""
     CONTENDERS[name].prepare()
@@ -159,20 +200,42 @@ def _trained(name: str, workload: Workload) -> Any:
     return trainer
 
 
-class OwnEngine:
-    """``save_checkpoint`` of this package's engine; beside training, too."""
+class _StepHooks:
+    """Times what others do before an optimizer's steps: those who have hooked themselves in since this was made."""
 
-    def __init__(self, workload: Workload, stage: int, async_save: bool) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.seconds = 0.0
+        self._optimizer = optimizer
+        self._begin = 0.0
+        self._last: RemovableHandle | None = None
+        optimizer.register_step_pre_hook(self._begins)
+
+    def come_last(self) -> None:
+        """Everybody has hooked himself in; count from 0."""
+        if self._last is not None:
+            self._last.remove()
+        self._last = self._optimizer.register_step_pre_hook(self._ends)
+        self.seconds = 0.0
+
+    def _begins(self, *_: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def _ends(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._begin
+
+
+class OwnEngine:
+    """``save_checkpoint`` of this package's engine."""
+
+    def __init__(self, workload: Workload, stage: int) -> None:
         trainer: EngineTrainer = _trained(f"shardwise{stage}", workload)
-        self._trainer, self._async_save = trainer, async_save
+        self._trainer = trainer
 
     def save(self, directory: Path) -> Seconds:
-        """Until the disk has it; ``stall`` is what training waits for."""
+        """Until the disk has it."""
         seconds: Seconds = {}
         with _timed(seconds, "save"):
-            with _timed(seconds, "stall"):
-                self._trainer.engine.save_checkpoint(directory, "tag", async_save=self._async_save)
-            self._trainer.engine.wait_for_checkpoint()
+            self._trainer.engine.save_checkpoint(directory, "tag")
         return seconds
 
     def load(self, directory: Path) -> Seconds:
@@ -185,6 +248,27 @@ class OwnEngine:
     def close(self) -> None:
         """End the engine."""
         self._trainer.close()
+
+
+class OwnEngineBesideTraining(OwnEngine):
+    """``save_checkpoint(async_save=True)`` of this package's engine, and a step of training meanwhile."""
+
+    def __init__(self, workload: Workload, stage: int) -> None:
+        super().__init__(workload, stage)
+        self._tokens = workload.tokens(0, dist.get_rank())
+        self._hooks = _StepHooks(self._trainer.engine.trained().optimizer)
+
+    def save(self, directory: Path) -> Seconds:
+        """Until the disk has it; ``stall`` is what training waits for: the call, and what the step is held up."""
+        seconds: Seconds = {}
+        with _timed(seconds, "save"):
+            with _timed(seconds, "call"):
+                self._trainer.engine.save_checkpoint(directory, "tag", async_save=True)
+            self._hooks.come_last()
+            self._trainer.step(self._tokens)
+            self._trainer.engine.wait_for_checkpoint()
+        seconds["stall"] = seconds["call"] + self._hooks.seconds
+        return seconds
 
 
 class DeepSpeedEngine:
@@ -225,10 +309,14 @@ class TorchCheckpoint:
             torch.distributed.fsdp.fully_shard(block)
         torch.distributed.fsdp.fully_shard(self._model)
         self._optimizer = workload.build_optimizer(self._model.parameters())
-        self._model(workload.tokens(0, dist.get_rank())).backward()
+        self._tokens = workload.tokens(0, dist.get_rank())
+        self._async_save = async_save
+        self._step()
+
+    def _step(self) -> None:
+        self._model(self._tokens).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._async_save = async_save
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
@@ -244,6 +332,7 @@ class TorchCheckpoint:
                 else:
                     dcp.save(self._state(), checkpoint_id=directory)
             if self._async_save:
+                self._step()
                 pending.result()
         return seconds
 
@@ -277,8 +366,9 @@ def _builders(workload: Workload, stage: int, world: int) -> dict[str, Callable[
     nbytes = BYTES_PER_PARAMETER * workload.count_parameters() // world
     return {
         **{f"{DISK} ({way})": lambda way=way: Disk(nbytes, way) for way in WAYS},  # type: ignore[misc]
-        "shardwise": lambda: OwnEngine(workload, stage, False),
-        "shardwise async": lambda: OwnEngine(workload, stage, True),
+        COPY: lambda: Copy(nbytes),
+        "shardwise": lambda: OwnEngine(workload, stage),
+        "shardwise async": lambda: OwnEngineBesideTraining(workload, stage),
         "dcp": lambda: TorchCheckpoint(workload, False),
         "dcp async": lambda: TorchCheckpoint(workload, True),
         "deepspeed": lambda: DeepSpeedEngine(workload, stage),
@@ -293,6 +383,8 @@ class Measured:
     """Seconds of a contender's turns on this rank, round by round, by what was measured."""
 
     rounds: list[Seconds] = field(default_factory=list)
+    first: Seconds = field(default_factory=dict)
+    """Of the round before them."""
     nbytes: int = 0
     """Of its files, of all ranks."""
 
@@ -315,6 +407,8 @@ def _measure(
             dist.barrier()
             if index:
                 measured[name].rounds.append(seconds)
+            else:
+                measured[name].first = seconds
             if dist.get_rank() == 0:
                 sync_all(directory)
                 measured[name].nbytes = sum(path.stat().st_size for path in files_in(directory))
@@ -378,12 +472,13 @@ def _table(ranks: list[dict[str, Measured]], what: str, parameters: int) -> Tabl
 
 def _stall_table(ranks: list[dict[str, Measured]]) -> Table:
     table = Table(title="stall: what training waits for, against the same save at once", title_justify="left")
-    for column in ("contender", "ratio, median", "quartiles", "seconds"):
+    for column in ("contender", "ratio, median", "quartiles", "seconds", "first save, seconds"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name in ranks[0]:
-        if (stall := _seconds(ranks, name, "stall")) and (synchronous := name.removesuffix(" async")) in ranks[0]:
-            against = ratios(stall, _seconds(ranks, synchronous, "save"))
-            table.add_row(name, *ratio_text(against), f"{against.median_seconds:.3f}")
+        if (stall := _seconds(ranks, name, "stall")) and name in AT_ONCE:
+            against = ratios(stall, _seconds(ranks, AT_ONCE[name], "save"))
+            first = max(rank[name].first["stall"] for rank in ranks)
+            table.add_row(name, *ratio_text(against), f"{against.median_seconds:.3f}", f"{first:.3f}")
     return table
 
 

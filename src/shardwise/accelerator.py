@@ -859,8 +859,9 @@ class Accelerator:
             output_dir: a directory; with automatic naming it is ``project_dir/checkpoints/checkpoint_N``.
             safe_serialization: checkpoints are safetensors in any case.
             exclude_frozen_parameters: leave frozen parameters out; a load keeps those of the model.
-            async_save: return when everything is copied to host memory and write it beside training; the next save
-                or load, or ``wait_for_checkpoint``, waits for its end and raises what went wrong.
+            async_save: write beside training what is copied to host memory now; the optimizer's state is copied before
+                its next step. The next save or load, or ``wait_for_checkpoint``, waits for the end and raises what
+                went wrong; call it before you change tensors of the optimizer's state in place.
             allow_pickle: places whose values are kept as pickles, such as ``state.custom.0``.
 
         Returns:

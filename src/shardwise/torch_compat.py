@@ -108,6 +108,12 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return key
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How many in-place operations the memory of a tensor has seen, by way of any view."""
+    version: int = tensor._version
+    return version
+
+
 def is_view(operation: Any) -> bool:
     """Whether a dispatched operation only makes a view: it reads no element."""
     return isinstance(operation, torch._ops.OpOverload) and bool(operation.is_view)

@@ -16,6 +16,15 @@ MAX_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor to be copied."""
+
+    tensor: torch.Tensor
+    steady: bool = False
+    """It does not change before all who read it are done."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Copy:
     """``nbytes`` of ``source`` (flat), from its byte ``begin`` on, go to byte ``at`` of the slab."""
 
@@ -23,21 +32,29 @@ class _Copy:
     begin: int
     nbytes: int
     at: int
+    steady: bool
 
 
 @dataclass(slots=True)
 class Filling:
-    """What one slab is to hold."""
+    """What one slab is to hold, or a part of that."""
 
     copies: list[_Copy] = field(default_factory=list)
     nbytes: int = 0
 
-    def add(self, source: torch.Tensor, begin: int, limit: int) -> int:
+    def add(self, source: torch.Tensor, begin: int, limit: int, steady: bool) -> int:
         """Take what fits of a flat tensor, from its byte ``begin`` on, until ``limit`` is full; bytes taken."""
         taken = min(source.nbytes - begin, limit - self.nbytes)
-        self.copies.append(_Copy(source, begin, taken, self.nbytes))
+        self.copies.append(_Copy(source, begin, taken, self.nbytes, steady))
         self.nbytes += taken
         return taken
+
+    def split(self) -> tuple[Filling, Filling]:
+        """What must be copied now, and what may be copied later."""
+        parts = Filling(nbytes=self.nbytes), Filling(nbytes=self.nbytes)
+        for copy in self.copies:
+            parts[copy.steady].copies.append(copy)
+        return parts
 
     def fill(self, slab: Slab) -> None:
         """Copy; what comes from a device may still be on its way into pinned memory."""
@@ -50,14 +67,16 @@ class Filling:
                 slab.tensor[copy.at : copy.at + copy.nbytes].copy_(source, non_blocking=True)
 
 
-def cut(tensors: Iterable[torch.Tensor], slab_bytes: int) -> Iterator[Filling]:
+def cut(sources: Iterable[Source], slab_bytes: int) -> Iterator[Filling]:
     """The fillings of slabs of ``slab_bytes``, in order; all are full but the last."""
     filling = Filling()
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1).contiguous()
+    for source in sources:
+        flat = source.tensor
+        if flat.dim() != 1 or flat.requires_grad or not flat.is_contiguous():
+            flat = flat.detach().reshape(-1).contiguous()
         begin = 0
         while begin < flat.nbytes:
-            begin += filling.add(flat, begin, slab_bytes)
+            begin += filling.add(flat, begin, slab_bytes, source.steady)
             if filling.nbytes == slab_bytes:
                 yield filling
                 filling = Filling()

@@ -155,7 +155,7 @@ class Part:
             for key, values in piece.elementwise.items():
                 parts.setdefault((key, piece.name), []).append(values)
         for (key, name), joined in parts.items():
-            self._add(state_kind(key), name, begins[name], joined)
+            self._add(state_kind(key), name, begins[name], joined, steady=True)
 
     def _gradients(self, found: dict[str, dict[str, Any]]) -> None:
         """Of a step under way."""
@@ -181,9 +181,10 @@ class Part:
         said["reduced" if kind == REDUCED else "unreduced"] = DTYPE_NAMES[values.dtype]
         self._add(kind, name, span.begin, [values])
 
-    def _add(self, kind: str, name: str, begin: int, parts: list[Rest]) -> None:
+    def _add(self, kind: str, name: str, begin: int, parts: list[Rest], steady: bool = False) -> None:
         numel = sum(part.numel for part in parts)
-        self.entries.append(Entry(key_of(self._index, kind, name, begin), parts[0].dtype, (numel,), tuple(parts)))
+        key = key_of(self._index, kind, name, begin)
+        self.entries.append(Entry(key, parts[0].dtype, (numel,), tuple(parts), steady))
 
     def _buffers(self) -> dict[str, str]:
         """Digests of the buffers: ranks whose buffers are rank 0's need not write them."""
@@ -192,6 +193,11 @@ class Part:
             if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                 digests[name] = _digest(value.detach().cpu().contiguous())
         return digests
+
+    @property
+    def is_in_files(self) -> bool:
+        """Whether some of it is in no memory."""
+        return any(rest.memory() is None for entry in self.entries for rest in entry.parts)
 
     def add_buffers(self, wanted: Collection[str]) -> None:
         """Write those, for they are this rank's own."""
@@ -601,6 +607,7 @@ class Loading:
         trained = self._trained
         trained.comm.exchange(CollectiveId("begin of a load", "", step), b"")
         if trained.step is not None:
+            trained.step.readers.wait()
             trained.step.clear_gradients()
 
     def read_weights(self) -> None:

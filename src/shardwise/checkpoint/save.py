@@ -33,7 +33,6 @@ from shardwise.checkpoint.model import Part, Trained, merge, owners_of_buffers
 from shardwise.checkpoint.shard_file import Entry, FileImage, FileRecord, write_shard_file
 from shardwise.checkpoint.tree import encode
 from shardwise.errors import CheckpointError, ShardwiseError
-from shardwise.zero.rest import InMemory
 
 logger = logging.getLogger(__name__)
 
@@ -124,13 +123,15 @@ class Background:
     def start(self, place: Place, content: Content, meeting: Meeting) -> None:
         """Copy what is to be written to host memory, and write it while training goes on. Collective.
 
+        The optimizer's state is copied while training goes on, too: the next step waits for that.
+
         Raises:
             CheckpointError: something cannot be kept; or the save before this one failed.
         """
         self.finish(meeting)
         self._saving = _Save(place, content, meeting, self.claims)
-        if self._saving.is_in_stores:
-            # A copy in host memory is what files on NVMe are there to avoid.
+        if self._saving.is_in_files:
+            # A copy in host memory is what they are there to avoid.
             logger.warning("optimizer state or parameters rest in files: the save is written before training goes on.")
             saving, self._saving = self._saving, None
             saving.run()
@@ -139,6 +140,9 @@ class Background:
         # No daemon: a script that ends waits for its last checkpoint.
         self._thread = threading.Thread(target=self._saving.run_beside_training, name="shardwise-save")
         self._thread.start()
+        for trained in content.models:
+            if trained.step is not None:
+                trained.step.readers.add(self._saving.is_copied)
 
     def finish(self, meeting: Meeting) -> None:
         """Return when the save is complete on all ranks. Collective where one was started.
@@ -176,6 +180,8 @@ class _Save:
         self._place = place
         self._meeting = meeting
         self._claims = claims
+        self.is_copied = threading.Event()
+        """Set when training may change the optimizer's state, too, after ``copy_to_host``."""
         self._gather(content)
 
     # --- gather
@@ -196,6 +202,7 @@ class _Save:
             ]
             said = {
                 "models": [part.words() for part in self._parts],
+                "in_files": any(part.is_in_files for part in self._parts),
                 "of_rank": encode(content.of_rank, put, "rank", content.allow_pickle),
             }
             if rank == 0:
@@ -212,6 +219,8 @@ class _Save:
         self._entries = [entry for part in self._parts for entry in part.entries] + trees
         self._image: FileImage | None = None
         self._words = words
+        self.is_in_files = any(word["in_files"] for word in words)
+        """Whether some of it is in no memory of some rank."""
 
     def _prepare_directory(self) -> None:
         directory, own = self._place.directory, self._place.own_directory
@@ -231,21 +240,22 @@ class _Save:
             raise
         agree(self._meeting, "the end of a checkpoint", lambda: self._commit(files))
 
-    @property
-    def is_in_stores(self) -> bool:
-        """Whether some of it is not in memory. All ranks answer alike."""
-        return any(not isinstance(part, InMemory) for entry in self._entries for part in entry.parts)
-
     def copy_to_host(self, slabs: list[Slab]) -> None:
-        """Training may change everything from here on; ``slabs`` are for the copy, and become as many as it needs."""
+        """Training may change all but the optimizer's state from here on.
+
+        ``slabs`` are for the copy, and become as many as it needs.
+        """
         self._image = FileImage(self._entries, slabs)
         self._entries = []
+        for part in self._parts:
+            part.entries.clear()  # a state that a load replaces must not live on until the next save
 
     def run_beside_training(self) -> None:
         """What ``run`` does, meeting in the directory; a failure is kept for ``raise_failure``."""
         self._failure: Exception | None = None
         try:
             try:
+                self._complete_image()
                 said: dict[str, Any] = {"result": self._write()}
             except (ShardwiseError, OSError) as error:
                 self._path().unlink(missing_ok=True)
@@ -259,6 +269,13 @@ class _Save:
             self._failure = error
         if self._failure is not None:  # said at once as well: a script may end without another call
             logger.error("the checkpoint %s was not completed: %s", self._place.own_directory, self._failure)
+
+    def _complete_image(self) -> None:
+        try:
+            if self._image is not None:
+                self._image.complete()
+        finally:
+            self.is_copied.set()
 
     def raise_failure(self) -> None:
         """What went wrong beside training."""

@@ -28,7 +28,8 @@ from typing import Any, Self
 
 import torch
 
-from shardwise.checkpoint.copies import Filling, cut, fill_all, wait_for_devices
+from shardwise import torch_compat
+from shardwise.checkpoint.copies import Filling, Source, cut, fill_all, wait_for_devices
 from shardwise.checkpoint.direct_file import NewFile, Slab
 from shardwise.checkpoint.plain_file import reading
 from shardwise.checkpoint.tree import DTYPE_NAMES, DTYPES
@@ -59,6 +60,8 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: tuple[Rest, ...]
+    steady: bool = False
+    """It does not change before all who read it are done: see ``StateReaders``."""
 
     @classmethod
     def of(cls, key: str, tensor: torch.Tensor) -> Entry:
@@ -118,15 +121,22 @@ class _Contents:
             for entry in self._ordered
             for part in entry.parts
         )
+        self.versions: list[tuple[str, torch.Tensor, int]] = []
+        """Of what was steady when it was cut: key, memory, and how often that had changed."""
 
     def cut(self, slab_bytes: int) -> Iterator[Filling]:
-        return cut(self._tensors(), slab_bytes)
+        return cut(self._sources(), slab_bytes)
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        yield self._header
+    def _sources(self) -> Iterator[Source]:
+        yield Source(self._header, steady=True)
         for entry in self._ordered:
             for part in entry.parts:
-                yield part.load()
+                for tensor in part.memory() or (part.load(),):
+                    # What comes from a device takes a bus that is faster than any disk, and its turn in a stream.
+                    steady = entry.steady and tensor.device.type == "cpu"
+                    if steady:
+                        self.versions.append((entry.key, tensor, torch_compat.version_of(tensor)))
+                    yield Source(tensor, steady)
 
 
 class _Writing:
@@ -217,6 +227,8 @@ def write_shard_file(path: Path, entries: Sequence[Entry]) -> FileRecord:
 class FileImage:
     """A file to be, copied to host memory: training may go on and change the originals.
 
+    What is steady is copied by ``complete``, on any thread.
+
     Args:
         entries: of the file.
         slabs: memory of earlier images, which this one uses and makes as many as it needs: where pages were touched
@@ -230,14 +242,36 @@ class FileImage:
         del slabs[len(fillings) :]
         slabs += [Slab(IMAGE_SLAB_BYTES, contents.on_device) for _ in range(len(fillings) - len(slabs))]
         self._slabs = slabs
-        fill_all(fillings, slabs)
+        now, self._later = zip(*(filling.split() for filling in fillings), strict=True)
+        self._versions = contents.versions
+        fill_all(now, slabs)
 
-    def write(self, path: Path) -> FileRecord:
-        """Write it as a new file, and wait until it is on the disk.
+    def complete(self) -> None:
+        """Copy what is steady, unless that was done; the originals are of no interest afterwards.
 
         Raises:
+            CheckpointError: some of it has changed meanwhile.
+        """
+        # By this thread alone: the other cores have better things to do, and pools take no work at a script's end.
+        for filling, slab in zip(self._later, self._slabs, strict=False):
+            filling.fill(slab)
+        self._later = ()
+        versions, self._versions = self._versions, []
+        for key, tensor, version in versions:
+            if torch_compat.version_of(tensor) != version:
+                raise CheckpointError(
+                    f"{key} of the checkpoint was changed by hand while it was copied beside training. Call "
+                    "wait_for_checkpoint() before you change the optimizer's state."
+                )
+
+    def write(self, path: Path) -> FileRecord:
+        """``complete`` it, write it as a new file, and wait until it is on the disk.
+
+        Raises:
+            CheckpointError: what was steady has changed.
             OSError: the file exists, or the disk does not take it.
         """
+        self.complete()
         step = _slab_bytes()
         with _Writing(path, self._nbytes) as writing:
             futures = []

@@ -345,5 +345,6 @@ def _set_state(own: Held, key: str, parts: list[tuple[Span, Rest]], value_of: Ca
     if not _any_rank(own, bool(parts)):
         kinds = ", ".join(sorted(_known_kinds(own))) or "nothing yet"
         raise StateError(f"the optimizer keeps no {key!r} of {own.name!r} that could be set: it keeps {kinds}.")
+    _step_of(own).readers.wait()
     for span, values in parts:
         values.save(value_of(span))

@@ -609,8 +609,9 @@ class Engine(nn.Module):
             client_state: the script's own values; tensors, numbers, texts and nests of them. Rank 0's are kept.
             save_latest: let the file ``latest`` name this checkpoint.
             exclude_frozen_parameters: leave frozen parameters out; a load keeps those of the model.
-            async_save: return when everything is copied to host memory and write it beside training; the next save
-                or load, or ``wait_for_checkpoint``, waits for its end and raises what went wrong.
+            async_save: write beside training what is copied to host memory now; the optimizer's state is copied before
+                its next step. The next save or load, or ``wait_for_checkpoint``, waits for the end and raises what
+                went wrong; call it before you change tensors of the optimizer's state in place.
             keep_last: remove the oldest checkpoints of the directory, so that this many stay.
             allow_pickle: places whose values are kept as pickles, such as ``client_state.arguments``.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -156,7 +157,7 @@ class OffloadedParameters:
             states.write(MASTER, span, values)
             self._write(span, values)
 
-        self.resting = InStore(owned.dtype, self.master_span, read, write)
+        self.resting = InStore(owned.dtype, self.master_span, read, write, partial(states.views, MASTER))
         self.master = guard(owned.shape, owned.dtype, torch.device("cpu"))
 
     # ---------------------------------------------------------------------------------------------------- store

@@ -13,7 +13,7 @@ computes in the master's dtype, else a wider copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -135,7 +135,7 @@ class ResidentParameters:
         self._separate: torch.Tensor | None = None
         if states is not None and states.plan.holds(MASTER):
             states.write(MASTER, span, values[span.begin : span.end])
-            self.resting: Rest = InStore(resting_dtype, span, partial(states.read, MASTER), self._save_to(states))
+            self.resting: Rest = replace(states.rest(MASTER, span), write=self._save_to(states))
             self.master = guard(self._own.shape, resting_dtype, torch.device("cpu"))
         else:
             if resting_dtype != dtype:
@@ -237,7 +237,7 @@ class ShardedParameters:
         if states is not None and states.plan.holds(MASTER):
             self.shard = comm.allocate(span.numel, dtype)
             states.write(MASTER, span, owned)
-            self.resting: Rest = InStore(wide_dtype, span, partial(states.read, MASTER), self._save_to(states))
+            self.resting: Rest = replace(states.rest(MASTER, span), write=self._save_to(states))
             self.master = guard(owned.shape, wide_dtype, torch.device("cpu"))
             self._form: Form = Values(dtype)
         elif codes is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,9 @@ class Rest(Protocol):
 
     def save(self, values: torch.Tensor) -> None:
         """Replace all elements."""
+
+    def memory(self) -> Sequence[torch.Tensor] | None:
+        """The memory itself, in parts [part] that follow each other; None where they rest in files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,14 @@ class InMemory:
         """In place."""
         self.tensor.copy_(values)
 
+    def memory(self) -> Sequence[torch.Tensor]:
+        """In one part."""
+        return (self.tensor,)
+
+
+def _no_memory(_: Span) -> None:
+    return None
+
 
 @dataclass(frozen=True, slots=True)
 class InStore:
@@ -71,6 +82,8 @@ class InStore:
     """Fill a tensor with those elements."""
     write: Callable[[Span, torch.Tensor], None]
     """Replace those elements."""
+    views: Callable[[Span], Sequence[torch.Tensor] | None] = _no_memory
+    """Those elements where they are, if the store is memory."""
 
     @property
     def numel(self) -> int:
@@ -84,7 +97,7 @@ class InStore:
 
     def part(self, span: Span) -> InStore:
         """The same array, other elements of it."""
-        return InStore(self.dtype, span.shift(self.span.begin), self.read, self.write)
+        return InStore(self.dtype, span.shift(self.span.begin), self.read, self.write, self.views)
 
     def load(self) -> torch.Tensor:
         """A new tensor on the CPU."""
@@ -95,3 +108,7 @@ class InStore:
     def save(self, values: torch.Tensor) -> None:
         """Through to the store."""
         self.write(self.span, values)
+
+    def memory(self) -> Sequence[torch.Tensor] | None:
+        """Of the store."""
+        return self.views(self.span)

@@ -205,7 +205,19 @@ class ShardStates:
 
     def rest(self, kind: str, span: Span) -> InStore:
         """Elements ``span`` of the flat buffer, of one kind, where they rest."""
-        return InStore(self.plan.dtype(kind), span, partial(self.read, kind), partial(self.write, kind))
+        read, write = partial(self.read, kind), partial(self.write, kind)
+        return InStore(self.plan.dtype(kind), span, read, write, partial(self.views, kind))
+
+    def views(self, kind: str, span: Span) -> list[torch.Tensor] | None:
+        """Elements ``span`` where the store keeps them, window by window; None where it is no memory."""
+        found = []
+        for common, extent, begin in self._parts(kind, span):
+            memory = self._store.in_place(extent)
+            if memory is None:
+                return None
+            found.append(memory.tensor(self.plan.dtype(kind), begin, common.numel))
+        self.beside.end().wait()  # some may still be on its way from the device
+        return found
 
     def read(self, kind: str, span: Span, out: torch.Tensor) -> None:
         """Fill ``out`` [span], on any device."""

@@ -25,6 +25,7 @@ from shardwise.zero.invariants import check_home, check_reduced
 from shardwise.zero.optimizer import SavedStates, ShardedOptimizer, StatePiece, describe, others_beside, split_state
 from shardwise.zero.reducer import Reducer
 from shardwise.zero.rest import InMemory
+from shardwise.zero.state_readers import StateReaders
 from shardwise.zero.unit import Unit
 
 
@@ -40,6 +41,10 @@ class Outcome:
 
 class Step(Protocol):
     """Ends a training step."""
+
+    @property
+    def readers(self) -> StateReaders:
+        """Those who read what ``states`` gave them while training goes on."""
 
     def settle(self, step: int) -> float:
         """Average what is left and return the norm of the gradient; else ``take`` does so. Collective."""
@@ -126,6 +131,7 @@ class ShardedStep:
         self._optimizer = optimizer
         self._owners = owners
         self._scaler = scaler
+        self.readers = StateReaders(optimizer.inner)
         self._settled: _Settled | None = None
 
     def settle(self, step: int) -> float:
@@ -250,6 +256,7 @@ class ShardedStep:
 
     def close(self) -> None:
         """Let the optimizer go."""
+        self.readers.close()
         self._optimizer.close()
 
 
@@ -261,6 +268,7 @@ class LocalStep:
     ) -> None:
         self._optimizer = optimizer
         self._scaler = scaler
+        self.readers = StateReaders(optimizer)
         self._names = {parameter: name for name, parameter in parameters.items() if parameter.requires_grad}
         self._parameters = list(self._names)
         self._last_gradients: list[torch.Tensor] = []
@@ -386,6 +394,7 @@ class LocalStep:
 
     def close(self) -> None:
         """Let the gradients go."""
+        self.readers.close()
         self._last_gradients = []
         self.clear_gradients()
 
