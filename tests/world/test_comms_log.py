@@ -142,3 +142,20 @@ def test_names_of_no_collective_are_told_to_the_user(world2: World, ops: list[st
     first, second = world2.run(lines_of_a_run, config_of(2, comms_logger=block))
     assert first[0].startswith(f"comms_logger.prof_ops names {named}: no collective is called so.")
     assert second == []
+
+
+def table_of_two_hops() -> str:
+    zero = {"zero_quantized_weights": True, "zero_quantized_gradients": True}
+    model = MLP.model()
+    with open_engine(
+        model, MLP.optimizer(model), config_of(3, zero=zero, shardwise={"simulated_nodes": 2}, **ON)
+    ) as engine:
+        run_steps(MLP, engine)
+        return str(engine.comms_summary())
+
+
+def test_the_table_says_where_bytes_came_from_and_as_what(world4: World) -> None:
+    for table in world4.run(table_of_two_hops):
+        rows = {(*line.split()[:2], " ".join(line.split()[2:4])) for line in table.splitlines()}
+        for near in ("same node", "other nodes"):
+            assert {("all-gather", "int8", near), ("reduce-scatter", "int4", near)} <= rows, table

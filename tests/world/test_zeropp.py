@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ HPZ = {"zero_hpz_partition_size": 2}
 QWZ = {"zero_quantized_weights": True}
 QGZ = {"zero_quantized_gradients": True}
 ALL = HPZ | QWZ | QGZ
+HPZ_OF_FOUR = {"zero_hpz_partition_size": 4}
 NAMES = {"hpZ": HPZ, "qwZ": QWZ, "qgZ": QGZ, "all": ALL}
 TECHNIQUES = [pytest.param(technique, id=name) for name, technique in NAMES.items()]
 NOTHING_STAYS = {
@@ -339,6 +341,21 @@ def goes_on_from_a_checkpoint(path: str) -> None:
 
 def test_checkpoints_know_nothing_of_travel(world4: World, tmp_path: Any) -> None:
     world4.run(goes_on_from_a_checkpoint, str(tmp_path))
+
+
+# -- eight ranks
+
+
+@pytest.mark.slow
+def test_two_nodes_of_four(own_world: Callable[..., World]) -> None:
+    world = own_world(8)
+    world.run(eight_equal_plain, GPT)
+    recipe = dataclasses.replace(GPT, steps=3, accumulation=2, clip=0.5)
+    world.run(in_agreement, recipe, HPZ_OF_FOUR | QWZ | QGZ, {"simulated_nodes": 2}, {})
+
+
+def eight_equal_plain(recipe: Recipe) -> None:
+    equals_reference(recipe, plus(HPZ_OF_FOUR, own={"simulated_nodes": 2}))
 
 
 # -- masters stay exact

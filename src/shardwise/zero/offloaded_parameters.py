@@ -132,7 +132,7 @@ class OffloadedParameters:
             self._apart = self.master = owned.clone()
             self.resting: Rest = InMemory(self._apart)
         elif codes is not None:
-            self.resting = in_codes(codes, span, self._codes, self._save_codes)
+            self.resting = in_codes(codes, span, self._codes, self._save_codes, self._memory is not None)
             self.master = owned[:0]
         elif self._memory is not None:
             self.resting = InMemory(self._memory)

@@ -316,7 +316,11 @@ class ShardedParameters:
 
 
 def in_codes(
-    codes: Codes, span: Span, load: Callable[[], torch.Tensor], save: Callable[[torch.Tensor], object]
+    codes: Codes,
+    span: Span,
+    load: Callable[[], torch.Tensor],
+    save: Callable[[torch.Tensor], object],
+    in_memory: bool = True,
 ) -> InStore:
     """Values ``span`` that rest as codes: ``load`` gives all codes, and ``save`` replaces them."""
 
@@ -336,7 +340,11 @@ def in_codes(
         codes.put(changed, encoded)
         save(encoded)
 
-    return InStore(codes.value_dtype, span, read, write)
+    def decoded(part: Span) -> list[torch.Tensor] | None:
+        local = part.shift(-span.begin)
+        return [values()[local.begin : local.end]] if in_memory else None
+
+    return InStore(codes.value_dtype, span, read, write, decoded)
 
 
 class WholeBuffer:
