@@ -130,6 +130,7 @@ def test_the_stage_changes_no_bit(stages: Callable[[int], Run], stage: int) -> N
 
 
 @pytest.mark.world
+@pytest.mark.slow
 def test_one_process_trains_like_two_with_half_the_batch_each(stages: Callable[[int], Run], place: Place) -> None:
     one = place.clm("one_process", "stage3.json", num_processes=1, batch_size=8).measured()
     two = stages(3).measured()

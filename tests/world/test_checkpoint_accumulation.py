@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.checkpoints import Whole, begin, train_steps
+from tests.grids import grid
 from tests.world.engine_runs import STAGES, config_of
 from tests.world.test_checkpoint_accelerator import goes_on
 from tests.worlds import World, WorldPool
@@ -53,10 +55,22 @@ def go_on(config: dict[str, Any], directory: str, micro_batches: int) -> Result:
         return train_steps(engine, micro_batches, 10), engine.state_dict(), engine.global_steps
 
 
-@pytest.mark.parametrize("micro_batches", [WINDOW + 1, WINDOW + 3])
-@pytest.mark.parametrize("how", ["plainly", "quietly", "settled"])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world", [1, 3], indirect=True)
+WAYS = ("plainly", "quietly", "settled")
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "how", "micro_batches"),
+    grid(
+        [1, 3],
+        STAGES,
+        WAYS,
+        [WINDOW + 1, WINDOW + 3],
+        quick=itertools.chain(
+            itertools.product([3], STAGES, WAYS, [WINDOW + 1]), itertools.product([1, 3], [0, 3], WAYS, [WINDOW + 3])
+        ),
+    ),
+    indirect=["world"],
+)
 def test_the_window_goes_on(world: World, stage: int, how: str, micro_batches: int, tmp_path: Path) -> None:
     config = config_of(stage, accumulation=WINDOW)
     wanted = world.run(in_the_middle, config, str(tmp_path), how, micro_batches)

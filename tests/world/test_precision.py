@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.grids import grid
 from tests.mixed_precision import train_with_masters
 from tests.references import GPT, MLP, Recipe, assert_same
 from tests.world.engine_runs import (
@@ -59,9 +60,21 @@ def static_overflow(stage: int) -> None:
             assert torch.equal(value, before[name].to(value.dtype)), f"{name} moved although every step overflowed"
 
 
-@pytest.mark.parametrize("world", [1, 2, 3], indirect=True)
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("world", "name", "stage"),
+    grid(
+        [1, 2, 3],
+        ["bf16", "fp16"],
+        STAGES,
+        quick=[
+            (1, "bf16", 3),
+            (1, "fp16", 3),
+            *((2, "bf16", stage) for stage in STAGES),
+            *((3, "fp16", stage) for stage in STAGES),
+        ],
+    ),
+    indirect=["world"],
+)
 def test_equals_fp32_masters_in_one_process(world: World, name: str, stage: int) -> None:
     settings, scale = (BF16, 1.0) if name == "bf16" else (FP16, STATIC_SCALE)
     world.run(equals_masters, GPT, stage, settings, DTYPES[name], scale)

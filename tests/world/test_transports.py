@@ -6,14 +6,28 @@ import dataclasses
 
 import pytest
 
+from tests.grids import grid
 from tests.references import GPT
 from tests.world.engine_runs import STAGES, config_of, equals_reference
 from tests.worlds import World
 
 
-@pytest.mark.parametrize("world", [2, 3, 4], indirect=True)
-@pytest.mark.parametrize("transport", ["process_group", "shared_memory"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("world", "transport", "stage"),
+    grid(
+        [2, 3, 4],
+        ["process_group", "shared_memory"],
+        STAGES,
+        quick=[
+            *((3, "process_group", stage) for stage in STAGES),
+            *((2, "shared_memory", stage) for stage in STAGES),
+            (4, "process_group", 3),
+            (4, "shared_memory", 2),
+            (4, "shared_memory", 3),
+        ],
+    ),
+    indirect=["world"],
+)
 def test_a_transport_changes_no_bit(world: World, transport: str, stage: int) -> None:
     recipe = dataclasses.replace(GPT, accumulation=2, steps=2)
     settings = {"shardwise": {"transport": transport, "reduction": "ordered"}}
