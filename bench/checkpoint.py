@@ -475,7 +475,7 @@ def _stall_table(ranks: list[dict[str, Measured]]) -> Table:
     for column in ("contender", "ratio, median", "quartiles", "seconds", "first save, seconds"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name in ranks[0]:
-        if (stall := _seconds(ranks, name, "stall")) and name in AT_ONCE:
+        if (stall := _seconds(ranks, name, "stall")) and AT_ONCE.get(name) in ranks[0]:
             against = ratios(stall, _seconds(ranks, AT_ONCE[name], "save"))
             first = max(rank[name].first["stall"] for rank in ranks)
             table.add_row(name, *ratio_text(against), f"{against.median_seconds:.3f}", f"{first:.3f}")
@@ -486,12 +486,18 @@ def main() -> None:
     """Run what the command line asks for and print it."""
     options = _parse_options()
     workload = Workload(SHAPES[options.size], 1, 16, "adamw", options.seed)
-    names = list(_builders(workload, options.stage, options.world))
+    every = list(_builders(workload, options.stage, options.world))
+    unknown = set(options.contenders or ()).difference(every)
+    if unknown:
+        raise SystemExit(
+            f"--contenders: there is no {', '.join(sorted(unknown))}. Expected some of {', '.join(every)}."
+        )
+    names = [name for name in every if not options.contenders or name in options.contenders or DISK in name]
     facts = machine_facts()
     print_facts("machine", facts)
     print_facts("run", {name: f"{value}" for name, value in vars(options).items() if value is not None})
     skipped = {}
-    if reason := CONTENDERS[f"deepspeed{options.stage}"].reason_to_skip():
+    if "deepspeed" in names and (reason := CONTENDERS[f"deepspeed{options.stage}"].reason_to_skip()):
         skipped["deepspeed"] = reason
         names.remove("deepspeed")
         CONSOLE.print(f"[yellow]skipped[/] deepspeed: {reason}")
@@ -515,6 +521,7 @@ def _parse_options() -> argparse.Namespace:
     add("--stage", type=int, choices=(1, 2, 3), default=1, help="ZeRO stage of both engines; default: %(default)s")
     add("--rounds", type=at_least(1), default=7, help="measured rounds; one more comes before them")
     add("--world", type=at_least(1), default=2, help="processes")
+    add("--contenders", nargs="+", metavar="NAME", help=f"only these, and {DISK}; default: all")
     add("--threads", type=at_least(1), default=1, help="threads per process")
     add("--directory", type=Path, default=Path.cwd(), help="on the disk that is measured; default: the current one")
     add("--seed", type=int, default=0)
