@@ -100,6 +100,7 @@ class DeepSpeedPlugin:
         mixed_precision: "no", "fp16" or "bf16".
         deepspeed_config_file: another name of ``hf_ds_config``.
         deepspeed_moe_layer_cls_names: another name of ``transformer_moe_cls_names``.
+        num_nodes_simulated: treat the processes as if they were on so many nodes.
         launcher_settings: ``deepspeed_hostfile`` and its kin, which matter to ``shardwise launch`` alone.
 
     Raises:
@@ -126,6 +127,7 @@ class DeepSpeedPlugin:
         mixed_precision: str | None = None,
         deepspeed_config_file: JsonLike | None = None,
         deepspeed_moe_layer_cls_names: str | None = None,
+        num_nodes_simulated: int | None = None,
         **launcher_settings: str | None,
     ) -> None:
         if enable_msamp:
@@ -143,6 +145,7 @@ class DeepSpeedPlugin:
             "zero3_save_16bit_model": zero3_save_16bit_model,
             "deepspeed_moe_layer_cls_names": transformer_moe_cls_names or deepspeed_moe_layer_cls_names,
             "mixed_precision": mixed_precision,
+            "num_nodes_simulated": num_nodes_simulated,
             **launcher_settings,
         }
         mentions = code_mentions("DeepSpeedPlugin", {name: value for name, value in said.items() if value is not None})

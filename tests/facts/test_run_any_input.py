@@ -85,6 +85,7 @@ right = {
     "zero3_init_flag": [True, False, None],
     "zero3_save_16bit_model": [True, False],
     "deepspeed_moe_layer_cls_names": ["A", "A,B", []],
+    "num_nodes_simulated": [1, 2, None],
     "mixed_precision": ["no", "fp16", "bf16"],
     "num_processes": [1, 2, 4, None],
     "num_machines": [1, 2],

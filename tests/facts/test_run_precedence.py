@@ -48,6 +48,7 @@ SETTINGS = [
     Setting("offload_param_nvme_path", "/a", "/b", None, (ZERO, "offload_param", "nvme_path")),
     Setting("zero3_save_16bit_model", True, False, False, (ZERO, "stage3_gather_16bit_weights_on_model_save")),
     Setting("deepspeed_moe_layer_cls_names", ("A", "B"), ("C",), (), (ZERO, "leaf_module", "classes")),
+    Setting("num_nodes_simulated", 2, 4, None, ("shardwise", "simulated_nodes")),
     Setting("zero3_init_flag", True, False, None),
     Setting("deepspeed_config_file", "a.json", "b.json", None),
     Setting("deepspeed_hostfile", "/hosts", "/others", None),
@@ -189,7 +190,7 @@ def test_without_a_json(name, speakers):
     written = value_in(resolved.ds_config, setting.path)
     if who == "default":
         instead = {"gradient_accumulation_steps": "auto", "gradient_clipping": 0.0}
-        instead["deepspeed_moe_layer_cls_names"] = SILENT
+        instead |= dict.fromkeys(("deepspeed_moe_layer_cls_names", "num_nodes_simulated"), SILENT)
         assert written == instead.get(name, as_json(value))
     else:
         assert written == as_json(value)

@@ -8,33 +8,26 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import namespaces
 from tests.front.command import plain_environment
+from tests.namespaces import ADDRESSES, INTERFACE
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/sbin")
-ADDRESSES = {"alpha": "10.231.7.1", "beta": "10.231.7.2"}
 
 
 def missing(*programs: str) -> str:
     """Why two machines, or programs on them, cannot be had here; empty if they can."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        return "network namespaces need root on Linux"
-    absent = [name for name in ("ip", "unshare", "ssh", "ssh-keygen", *programs) if shutil.which(name) is None]
+    if why_not := namespaces.missing():
+        return why_not
+    absent = [name for name in ("unshare", "ssh", "ssh-keygen", *programs) if shutil.which(name) is None]
     absent += [] if SSHD else ["sshd (package openssh-server)"]
-    if absent:
-        return f"not installed: {', '.join(absent)}"
-    name = f"sw-{os.getpid()}-try"
-    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if tried.returncode:
-        return f"no network namespaces here: {tried.stderr.strip()}"
-    subprocess.run(["ip", "netns", "delete", name], check=True)
-    return ""
+    return f"not installed: {', '.join(absent)}" if absent else ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Network:
         return self.directory / "ssh_config"
 
     def namespace(self, host: str) -> str:
-        return f"{self.prefix}-{host}"
+        return namespaces.namespace_of(self.prefix, host)
 
     def command(self, host: str, *command: str) -> list[str]:
         """A command as it runs on one of the machines, with its name and its /etc/hosts."""
@@ -67,13 +60,12 @@ class Network:
             OMPI_ALLOW_RUN_AS_ROOT="1",
             OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
             OMPI_MCA_plm_rsh_args=f"-F {self.ssh_config}",
-            GLOO_SOCKET_IFNAME="eth0",
+            GLOO_SOCKET_IFNAME=INTERFACE,
         )
 
     def pids(self, host: str) -> list[int]:
         """Every process of a machine."""
-        found = subprocess.run(["ip", "netns", "pids", self.namespace(host)], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        return namespaces.pids_in(self.namespace(host))
 
     def running(self, host: str, words: str) -> list[int]:
         """The processes of a machine whose command line has `words`."""
@@ -90,7 +82,7 @@ class Network:
 
     def cut(self, host: str) -> None:
         """Pulls the cable."""
-        _ip("-n", self.namespace(host), "link", "set", "eth0", "down")
+        namespaces.ip("-n", self.namespace(host), "link", "set", INTERFACE, "down")
 
     def freeze(self, host: str) -> None:
         """Stops every process of a machine but its sshd: nobody reads, answers or ends there."""
@@ -108,16 +100,8 @@ def two_machines(directory: Path) -> Iterator[Network]:
     network = Network(directory, f"sw-{os.getpid()}-{directory.name[-8:]}")
     _write_files(network)
     with ExitStack() as stack:
+        stack.enter_context(namespaces.cabled(network.prefix))
         for host in ADDRESSES:
-            _ip("netns", "add", network.namespace(host))
-            stack.callback(_remove, network, host)
-        ends = [part for host in ADDRESSES for part in ("name", "eth0", "netns", network.namespace(host))]
-        _ip("link", "add", *ends[:4], "type", "veth", "peer", *ends[4:])
-        for host, address in ADDRESSES.items():
-            inside = ("-n", network.namespace(host))
-            _ip(*inside, "address", "add", f"{address}/24", "dev", "eth0")
-            _ip(*inside, "link", "set", "eth0", "up")
-            _ip(*inside, "link", "set", "lo", "up")
             log = (directory / f"sshd.{host}.log").open("wb")
             assert SSHD is not None
             sshd = network.command(host, SSHD, "-D", "-e", "-f", str(directory / "sshd_config"))
@@ -153,19 +137,6 @@ def _wait_for_sshd(network: Network, host: str) -> None:
     raise RuntimeError((network.directory / f"sshd.{host}.log").read_text())
 
 
-def _remove(network: Network, host: str) -> None:
-    for pid in network.pids(host):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    _ip("netns", "delete", network.namespace(host))
-
-
 def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     process.wait()
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)

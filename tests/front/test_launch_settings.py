@@ -232,3 +232,42 @@ def test_an_unusable_default_file_of_accelerate_is_left_aside_with_a_note(dry_ru
     assert screen.code == 0
     assert f"{foreign} is left aside" in screen.err and "FSDP" in screen.err
     assert screen.row("zero_stage") == "zero_stage 1 --zero_stage"
+
+
+# --- nodes -----------------------------------
+
+HPZ_3 = '{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}'
+
+
+def test_simulated_nodes_are_the_jsons(dry_run: Command) -> None:
+    write(Path("ds.json"), HPZ_3)
+    for options in ("-n 6 --zero_stage 3", "-n 6 --deepspeed_config_file ds.json"):
+        screen = dry_run(f"{options} --num_nodes_simulated 2")
+        assert screen.code == 0, screen.err
+        assert screen.row("shardwise.simulated_nodes") == "shardwise.simulated_nodes 2 --num_nodes_simulated"
+
+
+@pytest.mark.parametrize(
+    "processes",
+    [
+        "-n 4",
+        "-n 4 --num_machines 2 --main_process_ip 10.0.0.1 --main_process_port 29500",
+        "--deepspeed_hostfile hosts",
+        "--deepspeed_hostfile hosts --deepspeed_multinode_launcher nossh --machine_rank 0",
+        "-n 4 --slurm_script job.sh",
+    ],
+)
+def test_nodes_that_do_not_divide_the_processes_are_told_before_any_starts(dry_run: Command, processes: str) -> None:
+    write(Path("hosts"), "alpha slots=2\nbeta slots=2\n")
+    write(Path("ds.json"), HPZ_3)
+    screen = dry_run(f"--cpu {processes} --deepspeed_config_file ds.json --num_nodes_simulated 8")
+    assert screen.code == 2
+    assert (
+        "shardwise.simulated_nodes is 8 (--num_nodes_simulated), which does not divide 4 processes. "
+        "Expected 1 or 2 or 4." in screen.err
+    )
+    assert (
+        "zero_optimization.zero_hpz_partition_size is 3 (ds.json, line 1), which does not divide 4 processes. "
+        "Expected 1 or 2 or 4, best the number of processes on a node." in screen.err
+    )
+    assert not Path("job.sh").exists()

@@ -147,6 +147,7 @@ def _launch(
     from shardwise.commands.launch_options import given
     from shardwise.config.run.gather import gather
     from shardwise.config.run.handover import pack
+    from shardwise.config.run.nodes import check_nodes
     from shardwise.config.run.precedence import resolve
     from shardwise.launch.capsule import request_on
     from shardwise.launch.hosts import ON_EACH, fleet_from, own_rank
@@ -159,6 +160,8 @@ def _launch(
     if machines.slurm_script is not None or machines.k8s_manifest is not None:
         from shardwise.commands.elsewhere import write_for_scheduler
 
+        if resolved["num_processes"] is not None:
+            check_nodes(resolved, resolved["num_processes"])
         flags = {**own, **settings, **machines.as_flags}
         write_for_scheduler(program, resolved.values, flags, machines, os.environ)
         return 0
@@ -173,6 +176,8 @@ def _launch(
             f"{machines.of_a_launcher} was given, but no other machine is started from here. Leave it out, or choose a "
             "launcher and give it machines: --deepspeed_multinode_launcher, --deepspeed_hostfile."
         )
+    if fleet is not None:
+        check_nodes(resolved, sum(host.num_slots for host in fleet.hosts))
     if fleet is not None and fleet.launcher != ON_EACH:
         from shardwise.commands.elsewhere import launch_elsewhere
 
@@ -188,10 +193,12 @@ def _launch_here(request: "LaunchRequest", resolved: "Resolved", asked: str, dry
 
     from rich.console import Console
 
+    from shardwise.config.run.nodes import check_nodes
     from shardwise.launch.job import notes_on, resolve_job
     from shardwise.launch.machine import this_machine
 
     job = resolve_job(request, this_machine())
+    check_nodes(resolved, job.num_processes)
     for note in notes_on(request, job):
         screen.print(note, style="dim", markup=False, highlight=False)
     if dry_run:

@@ -96,6 +96,8 @@ def _from_settings(values: Mapping[str, Said]) -> Resolved:
     }
     if value("deepspeed_moe_layer_cls_names"):
         put(config, IN_JSON["deepspeed_moe_layer_cls_names"], list(value("deepspeed_moe_layer_cls_names")))
+    if value("num_nodes_simulated") is not None:
+        put(config, IN_JSON["num_nodes_simulated"], value("num_nodes_simulated"))
     precision = values["mixed_precision"]
     config |= {dtype: section_of(dtype, precision.value == dtype) for dtype in PRECISIONS}
 

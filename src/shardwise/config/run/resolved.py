@@ -25,6 +25,7 @@ IN_JSON: Mapping[str, tuple[str, ...]] = {
     "offload_param_nvme_path": ("zero_optimization", "offload_param", "nvme_path"),
     "zero3_save_16bit_model": ("zero_optimization", "stage3_gather_16bit_weights_on_model_save"),
     "deepspeed_moe_layer_cls_names": ("zero_optimization", "leaf_module", "classes"),
+    "num_nodes_simulated": ("shardwise", "simulated_nodes"),
 }
 PRECISIONS = ("fp16", "bf16")
 # The front-end's scripts print their own progress, so the engine prints none (Accelerate says the same to DeepSpeed).

@@ -92,6 +92,10 @@ class PluginConfig(Block):
     deepspeed_moe_layer_cls_names: Annotated[
         CommaList, Acts("class names of mixture-of-experts layers, each kept one unit; comma-separated")
     ] = ()
+    num_nodes_simulated: Annotated[
+        PositiveCount | None,
+        Acts("treat the processes as if they were on so many nodes, neighbours together: to try ZeRO++ on one machine"),
+    ] = None
     deepspeed_config_file: Annotated[OptionalPath, Acts("a DeepSpeed JSON; what it says is its own word")] = None
     deepspeed_hostfile: Annotated[
         OptionalPath, Acts("a file of machines, a line for each such as worker-1 slots=4; they are started from here")
