@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 import shardwise
+from bench.machine import machine_facts
 from bench.models import GPT, GPTShape
 from bench.options import at_least, comma_separated, one_of
 from bench.plot import Line, write_curves
@@ -32,11 +33,11 @@ from bench.world import run_in_world
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CACHE = Path("~/.cache/shardwise")
 WORLD, NODES = 4, 2
-NUM_VALIDATION_BATCHES = 8  # on each rank
+NUM_VALIDATION_BATCHES = 16  # on each rank
 
 MODELS = {
-    # 1.1 M parameters: a step is a fraction of a second on two cores.
-    "mini": GPTShape(layers=4, width=128, heads=4, vocabulary=2048, positions=128),
+    # 0.7 M parameters: a step of one rank is a twentieth of a second of a core.
+    "mini": GPTShape(layers=2, width=128, heads=4, vocabulary=2048, positions=64),
     # 5.8 M parameters: the demo's.
     "small": GPTShape(layers=6, width=256, heads=4, vocabulary=4096, positions=128),
 }
@@ -113,7 +114,6 @@ def add_options(parser: Any) -> None:
     add("--steps", type=at_least(1), default=300)
     add("--batch", type=at_least(1), default=4, help="sequences per rank and step")
     add("--learning-rate", type=float, default=1e-3, help="the peak, after warm-up")
-    add("--threads", type=at_least(1), default=1, help="threads per process")
     add(
         "--convergence-json",
         type=Path,
@@ -123,7 +123,7 @@ def add_options(parser: Any) -> None:
     add("--plot", type=Path, help="write the curves to this SVG")
 
 
-def run(options: argparse.Namespace, facts: dict[str, str]) -> None:
+def run(options: argparse.Namespace) -> dict[str, Curve]:
     """Train what is missing, write the file after each run, and print the comparison."""
     shape = MODELS[options.model]
     CONSOLE.print("[dim]convergence: preparing the text")
@@ -134,17 +134,16 @@ def run(options: argparse.Namespace, facts: dict[str, str]) -> None:
     _load_text(settings)  # so that ranks find the tokens made
     file: Path = options.convergence_json
     curves = _read(file, settings)
-    for name in dict.fromkeys((BASELINE, *options.variants)):
-        if name in curves:
-            CONSOLE.print(f"[dim]convergence: {name} is in {file}")
-            continue
-        CONSOLE.print(f"[dim]convergence: training {name}")
-        curves[name] = run_in_world(WORLD, options.threads, train, settings, VARIANTS[name])[0]
+    missing = [name for name in dict.fromkeys((BASELINE, *options.variants)) if name not in curves]
+    if missing:
+        CONSOLE.print(f"[dim]convergence: training {', '.join(missing)}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"machine": facts, "settings": settings, "variants": VARIANTS, "curves": curves})
+        run_in_world(WORLD, 1, train_all, settings, missing, curves, file, machine_facts())
+        curves = _read(file, settings)
     CONSOLE.print(_table(settings, curves))
     if options.plot is not None:
         _plot(options.plot, settings, curves)
+    return curves
 
 
 def _read(file: Path, settings: Settings) -> dict[str, Curve]:
@@ -161,6 +160,17 @@ def _read(file: Path, settings: Settings) -> dict[str, Curve]:
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def train_all(
+    settings: Settings, names: Sequence[str], curves: dict[str, Curve], file: Path, facts: dict[str, str]
+) -> None:
+    """One rank's part of all runs; the first rank writes the file after each."""
+    for name in names:
+        curves[name] = train(settings, VARIANTS[name])
+        if dist.get_rank() == 0:
+            print(f"{name}: {curves[name].validation}", flush=True)
+            write_json(file, {"machine": facts, "settings": settings, "variants": VARIANTS, "curves": curves})
 
 
 def train(settings: Settings, variant: Variant) -> Curve:

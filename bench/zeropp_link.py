@@ -1,9 +1,9 @@
 """What ZeRO++ saves where the network between nodes is slow: two network namespaces with two ranks each, on gloo.
 
 Plain stage 3 and stage 3 with all of ZeRO++ train the same model in the same processes, in turns. What leaves a node
-passes the kernel's token bucket filter. Bytes are those that the transport counts; a rate's *floor* is the time that the
-cable alone needs for them. Where there are no namespaces, or nothing to slow a cable with, the floors are all that is
-printed: computed from counted bytes, not measured.
+passes the kernel's token bucket filter. Bytes are those that the transport counts, and the time that the cable alone
+needs for them stands beside the measured one. Where there are no namespaces, or nothing to slow a cable with, that time
+is all that is printed: computed from counted bytes, not measured.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rich.table import Table
 
 import shardwise
 from bench.interleave import Rounds, slowest_rank, time_in_turns
+from bench.machine import machine_facts
 from bench.models import SHAPES
 from bench.options import at_least, comma_separated, one_of
 from bench.report import CONSOLE, write_json
@@ -79,21 +80,22 @@ def add_options(parser: Any) -> None:
     add = parser.add_argument_group("link").add_argument
     add("--sizes", type=comma_separated(one_of(SHAPES)), default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
     add("--rates", type=comma_separated(_rate), default=["1gbit", "100mbit"], help="of the cable; default: both")
-    add("--rounds", type=at_least(1), default=2, help="measured steps at each rate, after one that is not")
+    add("--link-rounds", type=at_least(1), default=2, help="measured steps at each rate, after one that is not")
     add("--link-dtype", choices=("fp32", "bf16"), default="bf16", help="of what travels and computes")
     add("--link-batch", type=at_least(1), default=1, help="sequences per rank and step")
-    add("--seq", type=at_least(1), default=32, help="tokens per sequence: few, for the cable is what is measured")
+    add("--seq", type=at_least(1), default=8, help="tokens per sequence: few, for the cable is what is measured")
     add("--link-json", type=Path, default=Path("bench/results/zeropp_link.json"))
 
 
-def run(options: argparse.Namespace, facts: dict[str, str]) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure every size, write the file after each, and print the comparison."""
+    facts = machine_facts()
     why_not = namespaces.missing()
     results: dict[str, Any] = {}
     for size in options.sizes:
         job = Job(
             size, options.link_dtype, options.link_batch, options.seq, options.seed, tuple(options.rates),
-            options.rounds,
+            options.link_rounds,
         )  # fmt: skip
         CONSOLE.print(f"[dim]link: {size}")
         ranks = [] if why_not else _over_a_cable(job)
@@ -114,6 +116,7 @@ def run(options: argparse.Namespace, facts: dict[str, str]) -> None:
         CONSOLE.print(_table(job, entering, seconds))
         options.link_json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.link_json, {"machine": facts, "sizes": results})
+    return results
 
 
 def measure(job: Job, simulated_nodes: int | None) -> Measured:
@@ -207,6 +210,7 @@ def _variables(rank: int, place: int) -> dict[str, str]:
         "MASTER_PORT": str(PORT),
         "GLOO_SOCKET_IFNAME": namespaces.INTERFACE,
         "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # else it warns that the addresses have no names
     }
 
 
@@ -248,7 +252,7 @@ def _table(job: Job, entering: dict[str, int], seconds: dict[str, dict[str, list
     for rate in job.rates:
         for name in ZERO:
             floor = 8 * entering[name] / bits_per_second(rate)
-            cells = ["", f"{entering[PLAIN] / entering[name]:.2f} (of the floors)"]
+            cells = ["", f"{entering[PLAIN] / entering[name]:.2f} (of the cable alone)"]
             if seconds:
                 mine, plain = seconds[rate][name], seconds[rate][PLAIN]
                 ratio = statistics.median(theirs / ours for theirs, ours in zip(plain, mine, strict=True))

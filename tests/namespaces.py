@@ -1,7 +1,7 @@
 """Two machines' networks on this one: network namespaces with a cable between them, which can be slowed.
 
-Tests of launchers start an sshd in each, `bench.zeropp` trains over the cable. Nothing is reached but addresses inside of
-the namespaces. Root is needed, and `ip`; a slow cable needs `tc` and the kernel's token bucket filter.
+Tests of launchers start an sshd in each, `bench.zeropp` trains over the cable. Nothing is reached but addresses inside
+of the namespaces. Root is needed, and `ip`; a slow cable needs `tc` and the kernel's token bucket filter.
 """
 
 import os
