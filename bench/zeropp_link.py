@@ -70,6 +70,7 @@ class Measured:
 
     across_bytes: dict[str, int]  # that came from the other node in one step, by contender
     seconds: dict[str, dict[str, list[float]]]  # by rate and contender, a step each
+    cpu_seconds: dict[str, list[float]]  # of this rank's threads in each step, the first one included
     losses: dict[str, float]
     why_not: str = ""
     """Why the cable could not be slowed."""
@@ -109,11 +110,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         }
         entering = {name: sum(rank.across_bytes[name] for rank in ranks) // NODES for name in ZERO}
         losses = {name: statistics.fmean(rank.losses[name] for rank in ranks) for name in ZERO}
+        cpu = {name: max(statistics.median(rank.cpu_seconds[name][1:] or [0.0]) for rank in ranks) for name in ZERO}
         results[size] = {
             "job": job, "not_measured": why_not, "bytes_entering_a_node": entering, "seconds": seconds,
-            "losses": losses,
+            "cpu_seconds_of_a_rank": cpu, "losses": losses,
         }  # fmt: skip
-        CONSOLE.print(_table(job, entering, seconds))
+        CONSOLE.print(_table(job, entering, cpu, seconds))
         options.link_json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.link_json, {"machine": facts, "sizes": results})
     return results
@@ -123,22 +125,24 @@ def measure(job: Job, simulated_nodes: int | None) -> Measured:
     """One rank's turns with both engines."""
     workload = Workload(SHAPES[job.size], job.batch, job.sequence, "adamw-fused", job.seed)
     rank, losses, steps = dist.get_rank(), dict[str, float](), dict.fromkeys(ZERO, 0)
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in ZERO}
     engines = {name: _engine(job, workload, ZERO[name], simulated_nodes) for name in ZERO}
 
     def turn_of(name: str) -> Callable[[], None]:
         def turn() -> None:
-            engine = engines[name]
+            engine, begin = engines[name], time.process_time()
             engine._comm.traffic.clear()
             loss = engine(workload.tokens(steps[name], rank))
             engine.backward(loss)
             engine.step()
             losses[name] = loss.item()
             steps[name] += 1
+            cpu_seconds[name].append(time.process_time() - begin)
 
         return turn
 
     turns = {name: turn_of(name) for name in ZERO}
-    measured = Measured({}, {}, losses)
+    measured = Measured({}, {}, cpu_seconds, losses)
     for name in () if job.rates else ZERO:
         turns[name]()
     for rate in job.rates:
@@ -188,6 +192,7 @@ def _over_a_cable(job: Job) -> list[Measured]:
                     *(sys.executable, "-m", "bench.zeropp_link", json.dumps(asdict(job)), folder),
                 ],
                 env=os.environ | _variables(node * RANKS_PER_NODE + place, place),
+                start_new_session=True,  # as launchers do: by sessions the kernel shares out a busy machine
             )
             for node, host in enumerate(namespaces.ADDRESSES)
             for place in range(RANKS_PER_NODE)
@@ -240,14 +245,22 @@ def _rank_main(job_text: str, folder: str) -> None:
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def _table(job: Job, entering: dict[str, int], seconds: dict[str, dict[str, list[float]]]) -> Table:
+def _table(
+    job: Job, entering: dict[str, int], cpu: dict[str, float], seconds: dict[str, dict[str, list[float]]]
+) -> Table:
     kind = "measured" if seconds else "computed from counted bytes, not measured"
     table = Table(
         title=f"{job.size}, {job.dtype}, {NODES} nodes of {RANKS_PER_NODE} ranks: {kind}", title_justify="left"
     )
     table.add_column("rate")
     table.add_column("contender")
-    for column in ("MB into a node, a step", "cable alone, s", "step, s", "plain / this, median of rounds"):
+    for column in (
+        "MB into a node, a step",
+        "cable alone, s",
+        "CPU of a rank, s",
+        "step, s",
+        "plain / this, median of rounds",
+    ):
         table.add_column(column, justify="right")
     for rate in job.rates:
         for name in ZERO:
@@ -257,7 +270,7 @@ def _table(job: Job, entering: dict[str, int], seconds: dict[str, dict[str, list
                 mine, plain = seconds[rate][name], seconds[rate][PLAIN]
                 ratio = statistics.median(theirs / ours for theirs, ours in zip(plain, mine, strict=True))
                 cells = [f"{statistics.median(mine):.1f}", f"{ratio:.2f}"]
-            table.add_row(rate, name, f"{entering[name] / 1e6:.1f}", f"{floor:.1f}", *cells)
+            table.add_row(rate, name, f"{entering[name] / 1e6:.1f}", f"{floor:.1f}", f"{cpu[name]:.1f}", *cells)
     return table
 
 
