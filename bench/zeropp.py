@@ -2,6 +2,10 @@
 
 ``kernels``  encoding and decoding in each format, in turns with a copy of memory. What counts is the share of the
              copy's speed: bytes read and written a second, over those of the copy in the same round
+``link``     time of a step over a slowed cable between two network namespaces, plain stage 3 and ZeRO++ in turns
+``convergence``
+             validation loss of a language model on four ranks as two nodes, with each technique and with all of them,
+             against plain stage 3 on the same data. What its file holds already is not trained again
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from bench import zeropp_convergence, zeropp_link
 from bench.interleave import Rounds, time_in_turns
 from bench.machine import machine_facts
 from bench.options import at_least, comma_separated, one_of
@@ -160,7 +165,11 @@ def _median_and_quartiles(values: Sequence[float]) -> tuple[str, str]:
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {"kernels": _kernels}
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "kernels": _kernels,
+    "link": zeropp_link.run,
+    "convergence": zeropp_convergence.run,
+}
 
 
 def _parse_options() -> argparse.Namespace:
@@ -178,6 +187,8 @@ def _parse_options() -> argparse.Namespace:
     add("--threads", type=at_least(1), default=1, help="threads of the rank")
     add("--seed", type=int, default=0)
     add("--json", type=Path, help="write everything measured to this file")
+    zeropp_link.add_options(parser)
+    zeropp_convergence.add_options(parser)
     return parser.parse_args()
 
 
