@@ -253,8 +253,8 @@ def test_two_compute_dtypes_are_refused():
         ({"zero_hpz_partition_size": 2}, {}, ["zero_hpz_partition_size", "stage 0"]),
         ({"zero_quantized_nontrainable_weights": True}, {}, ["zero_quantized_nontrainable_weights", "stage 0"]),
         ({"stage": 2}, {"frozen_weights": "int4"}, ["shardwise.frozen_weights", "stage 2", "Set stage to 3"]),
-        ({"stage": 3}, {"quantization_block": 100}, ["quantization_block", "found 100", "such as 96"]),
-        ({"stage": 3}, {"quantization_block": 8192}, ["quantization_block", "found 8192", "such as 4096"]),
+        ({"stage": 3}, {"quantization_block": 100}, ["quantization_block", "found 100", "a multiple of 32"]),
+        ({"stage": 3}, {"quantization_block": 8192}, ["quantization_block", "found 8192", "at most 4096"]),
         (
             {"stage": 3, "zero_quantized_weights": True},
             {"transport": "shared_memory"},

@@ -37,9 +37,26 @@ def loads(config):
     return True
 
 
+COMPANIONS = dict.fromkeys(
+    [
+        ("zero_optimization", "zero_hpz_partition_size"),
+        ("zero_optimization", "zero_quantized_weights"),
+        ("zero_optimization", "zero_quantized_gradients"),
+        ("zero_optimization", "zero_quantized_nontrainable_weights"),
+        ("zero_optimization", "mics_shard_size"),
+        ("shardwise", "frozen_weights"),
+    ],
+    {"stage": 3},
+) | {("shardwise", "error_feedback"): {"stage": 3, "zero_quantized_gradients": True}}
+"""Of zero_optimization, for keys that a rule binds to others, which no schema can say: each is judged where it fits."""
+
+
 def nested(path, value):
+    companions = COMPANIONS.get(tuple(path), {})
     for part in reversed(path):
         value = {part: value}
+    if companions:
+        value.setdefault("zero_optimization", {}).update(companions)
     block = path[0]
     if block in ("optimizer", "scheduler") and len(path) > 1 and path[1] != "type":
         value[block]["type"] = "Adam"

@@ -63,6 +63,8 @@ def expectation(error: Mapping[str, Any]) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "literal_error":
         return f"one of {str(context['expected']).replace(chr(39), chr(34))}"
+    if kind == "multiple_of":
+        return f"a multiple of {context['multiple_of']}"
     for bound, word in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
         if bound in context:
             limit = context[bound]

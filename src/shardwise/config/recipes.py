@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from shardwise.config.effects import Acts, NoEffect
-from shardwise.config.values import Block, Name, Names, PositiveCount
+from shardwise.config.values import Block, BlockLength, Name, Names, PositiveCount
 
 
 class OptimizerConfig(Block):
@@ -83,7 +83,7 @@ class ShardwiseConfig(Block):
         Acts("the format of zero_quantized_gradients", cost="int8 and fp8: twice int4's bytes"),
     ] = "int4"
     quantization_block: Annotated[
-        PositiveCount,
+        BlockLength,
         Acts(
             "values that share a scale: a multiple of 32 up to 4096",
             cost="4 bytes a block, 1.6 % of int8 and 3.1 % of int4 at 256; parameters begin at a block's begin",

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from shardwise.config.messages import Fault
 from shardwise.config.schema import EngineConfig
-from shardwise.layout import ALIGNMENT, MAX_BLOCK
 
 
 def broken_rules(config: EngineConfig) -> Iterator[Fault]:
@@ -76,13 +75,6 @@ def _travel(config: EngineConfig) -> Iterator[Fault]:
     }
     for path in (path for path, wanted in at_rest.items() if wanted and zero.stage != 3):
         yield Fault(path, f"found at stage {zero.stage}, which keeps parameters whole. Set stage to 3.")
-    block = own.quantization_block
-    if block % ALIGNMENT or block > MAX_BLOCK:
-        near = min(max(round(block / ALIGNMENT), 1), MAX_BLOCK // ALIGNMENT) * ALIGNMENT
-        yield Fault(
-            ("shardwise", "quantization_block"),
-            f"found {block}; expected a multiple of {ALIGNMENT} up to {MAX_BLOCK}, such as {near}.",
-        )
     if zero.zero_quantized_gradients and not zero.reduce_scatter:
         yield Fault(
             ("zero_optimization", "zero_quantized_gradients"),

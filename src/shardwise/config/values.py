@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from shardwise.layout import ALIGNMENT, MAX_BLOCK
+
 LARGEST_COUNT = 2**63 - 1  # what a torch size can hold
 
 
@@ -43,6 +45,7 @@ def _endless_is_never(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT), BeforeValidator(_whole)]
 PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_COUNT), BeforeValidator(_whole)]
+BlockLength = Annotated[int, Field(ge=ALIGNMENT, le=MAX_BLOCK, multiple_of=ALIGNMENT), BeforeValidator(_whole)]
 SignedCount = Annotated[int, Field(ge=-1, le=LARGEST_COUNT), BeforeValidator(_whole)]
 ScalePower = Annotated[int, Field(ge=0, le=127), BeforeValidator(_whole)]  # 2^127 is the last power that fp32 holds
 Stage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole_stage)]
