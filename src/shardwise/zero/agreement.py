@@ -22,7 +22,8 @@ class Agreement:
     """What all ranks know after they told each other."""
 
     sum_of_squares: float
-    """Of the averaged gradient, over all ranks' shards; summed in rank order, so the same bits everywhere."""
+    """Of the averaged gradient, over the shards of the first replica; summed in rank order, so the same bits
+    everywhere."""
     unreduced: tuple[int, ...]
     """Positions of the units of which some rank holds a gradient that was not averaged."""
     any_unused: bool
@@ -61,7 +62,7 @@ def agree(
     orders = {order for _, order, *_ in heads}
     counts = {count for *_, count in heads}
     return Agreement(
-        sum_of_squares=math.fsum(squares for _, _, squares, *_ in heads),
+        sum_of_squares=math.fsum(squares for _, _, squares, *_ in heads[: comm.size]),
         unreduced=tuple(i for i in range(len(units)) if any(mask[i] for mask in masks)),
         any_unused=any(flag for *_, flag, _ in heads),
         same_order=len(orders) == 1 and len(observed_order) > 0,
