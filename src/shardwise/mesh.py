@@ -1,8 +1,8 @@
 """Ranks, device and process groups: the one place that creates them and that reads torchrun's environment.
 
-The mesh names its axes. ``dp_shard`` is the axis that model states are sharded over, ``dp_replicate`` the one along which
-each shard is held several times, ``world`` joins all ranks. Where ``dp_shard`` has k ranks, rank r of the world is rank
-r % k on it and rank r // k on ``dp_replicate``.
+The mesh names its axes. ``dp_shard`` is the axis that model states are sharded over, ``dp_replicate`` the one along
+which each shard is held several times, ``world`` joins all ranks. Where ``dp_shard`` has k ranks, rank r of the world is
+rank r % k on it and rank r // k on ``dp_replicate``.
 """
 
 from __future__ import annotations
@@ -230,3 +230,8 @@ def _control_group(world: ProcessGroup, timeout: timedelta) -> ProcessGroup:
         _control_groups.clear()  # a former world was destroyed, and its groups with it
         _control_groups[world] = dist.new_group(backend="gloo", timeout=timeout)
     return _control_groups[world]
+
+
+def kept_groups() -> frozenset[ProcessGroup]:
+    """The groups beside the world's that live as long as it does: whoever asks for them again gets the same."""
+    return frozenset((*_subgroups.values(), *_control_groups.values()))

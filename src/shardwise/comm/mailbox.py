@@ -119,8 +119,8 @@ class Messages:
         except RuntimeError as error:
             names = self._mailbox.names
             raise CollectiveError(
-                f"rank {names[self._mailbox.rank]} waits for rank {names[rank]} in {self._identity}, which did not come "
-                f"within {self._mailbox.timeout.total_seconds():g} s or has ended. "
+                f"rank {names[self._mailbox.rank]} waits for rank {names[rank]} in {self._identity}, which did not "
+                f"come within {self._mailbox.timeout.total_seconds():g} s or has ended. "
                 "Look for a rank that ran out of data, took another path or is stuck outside of training. "
                 f"The transport said: {str(error).splitlines()[0][:200]}"
             ) from error

@@ -99,15 +99,15 @@ def _replicas(config: EngineConfig) -> Iterator[Fault]:
     if zero.stage != 3:
         yield Fault(
             path,
-            f"found {zero.mics_shard_size} at stage {zero.stage}; it shards all states, parameters among them. Set stage "
-            "to 3, or drop it.",
+            f"found {zero.mics_shard_size} at stage {zero.stage}; it shards all states, parameters among them. Set "
+            "stage to 3, or drop it.",
         )
     for name, wanted in _zeropp(config).items():
         if wanted:
             yield Fault(
                 path,
-                f"found {zero.mics_shard_size}, and {name} is set, which sends less between nodes where all ranks share "
-                "the states. Drop one of the two.",
+                f"found {zero.mics_shard_size}, and {name} is set, which sends less between nodes where all ranks "
+                "share the states. Drop one of the two.",
             )
 
 

@@ -268,8 +268,8 @@ class ZeroConfig(Block):
     mics_shard_size: Annotated[
         SignedCount,
         Acts(
-            "MiCS (hybrid sharding), at stage 3: states are sharded over groups of so many ranks, neighbours by rank, and "
-            "every group holds all of them; 0 and below: over all ranks",
+            "MiCS (hybrid sharding), at stage 3: states are sharded over groups of so many ranks, neighbours by rank, "
+            "and every group holds all of them; 0 and below: over all ranks",
             cost="16 P/size bytes at rest instead of 16 P/W; gathers and reductions stay inside the group, and each "
             "reduction adds 8 P/size (R - 1)/R bytes from the R = W/size ranks that hold the same shard",
         ),
