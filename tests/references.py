@@ -2,7 +2,7 @@
 
 The reduction that all of them define: take the ranks' gradients in rank order, add them in fp32 one after the other,
 multiply the total once by 1/W. A rank that has no gradient counts as zeros; a parameter that no rank has a gradient for
-stays without one, so the optimizer passes it by. Where states are replicated over groups of k neighbouring ranks the sums
+stays without one, so the optimizer passes it by. Where states are replicated over groups of neighbouring ranks the sums
 of the groups are taken first, each in this order, and then added in the order of the groups.
 """
 

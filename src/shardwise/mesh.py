@@ -1,8 +1,8 @@
 """Ranks, device and process groups: the one place that creates them and that reads torchrun's environment.
 
 The mesh names its axes. ``dp_shard`` is the axis that model states are sharded over, ``dp_replicate`` the one along
-which each shard is held several times, ``world`` joins all ranks. Where ``dp_shard`` has k ranks, rank r of the world is
-rank r % k on it and rank r // k on ``dp_replicate``.
+which each shard is held several times, ``world`` joins all ranks. Where ``dp_shard`` has k ranks, rank r of the world
+is rank r % k on it and rank r // k on ``dp_replicate``.
 """
 
 from __future__ import annotations

@@ -226,7 +226,6 @@ def test_auto_that_nobody_can_fill_names_the_key(path):
         {"zero_optimization": {"zero_quantized_weights": True}},
         {"zero_optimization": {"zero_quantized_gradients": True}},
         {"zero_optimization": {"zero_hpz_partition_size": 8}},
-        {"zero_optimization": {"mics_shard_size": 2}},
         {"zero_optimization": {"ignore_unused_parameters": False}},
         {"sparse_gradients": True},
         {"amp": {"enabled": True}},

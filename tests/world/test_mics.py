@@ -49,7 +49,7 @@ from tests.world.test_unused_parameters import Choice, parts_unused_on_some_rank
 from tests.worlds import World
 
 BF16 = {"bf16": {"enabled": True}}
-FP16 = {"fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 4}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 4}}
 HIERARCHICAL = {"mics_hierarchical_params_gather": True}
 SETTLED = {"accumulation": 2, "gradient_clipping": 0.5}
 
@@ -110,7 +110,7 @@ def test_bits(world: World) -> None:
 
 
 def one_group_is_plain(**others: Any) -> None:
-    recipe = dataclasses.replace(GPT, accumulation=2, clip=0.5)
+    recipe = dataclasses.replace(MLP, accumulation=2, clip=0.5)
     here = train_with_engine(recipe, mics(world_size(), **SETTLED, **others))
     there = train_with_engine(recipe, config_of(3, **SETTLED, **others))
     assert_same(here, there, "one group against plain stage 3")
@@ -119,7 +119,7 @@ def one_group_is_plain(**others: Any) -> None:
 
 def other_settings_have_the_same_bits() -> None:
     """Buckets, divisions, checks, small units: none of them is seen in the sum; the backend's own order may be."""
-    recipe = dataclasses.replace(GPT, accumulation=2)
+    recipe = dataclasses.replace(MLP, steps=2, accumulation=2)
     for zero, others in (
         ({"reduce_bucket_size": 100, "allgather_bucket_size": 100, "overlap_comm": False}, {}),
         ({"stage3_param_persistence_threshold": 2000, "contiguous_gradients": False}, {}),
@@ -148,8 +148,9 @@ def test_other_settings(world4: World) -> None:
 
 
 def replicas_agree(size: int, zero: Config, others: Config) -> None:
-    """After every step, with clipping by the norm of one replica; near the plain run, which skips the same steps."""
-    recipe = dataclasses.replace(GPT, steps=5, accumulation=2, clip=0.5)
+    """After every step, with clipping by the norm of one replica; near the plain run, which skips the same steps: in
+    fp16 the second one, for the gradient of one rank."""
+    recipe = dataclasses.replace(MLP, steps=3, accumulation=2, clip=0.5)
     record, skipped = Record(), []
     for config in (mics(size, zero=zero, **SETTLED, **others), plain(**SETTLED, **others)):
         model = recipe.model()
@@ -160,15 +161,17 @@ def replicas_agree(size: int, zero: Config, others: Config) -> None:
                 for index in recipe.micro_batches(step):
                     loss = recipe.loss(engine, recipe.batch(index, rank()))
                     record.add_losses((loss,))
-                    engine.backward(loss)
+                    overflows = "fp16" in others and step == 1 and rank() == world_size() - 1
+                    engine.backward(loss * 1e30 if overflows else loss)
                     engine.step()
                 assert_replicas_agree(engine)
                 record.norms.append(engine.get_global_grad_norm())
             skipped.append(engine.skipped_steps)
             record.weights = engine.state_dict()
-    assert skipped[0] == skipped[1]
-    assert all(norm > 0 for norm in record.norms)
-    torch.testing.assert_close(torch.tensor(before.norms), torch.tensor(record.norms), rtol=3e-2, atol=1e-4)
+    assert skipped == [int("fp16" in others)] * 2
+    norms, wanted = torch.tensor(before.norms), torch.tensor(record.norms)
+    torch.testing.assert_close(norms, wanted, rtol=3e-2, atol=1e-4, equal_nan=True)
+    assert (norms > 0).any()
     torch.testing.assert_close(
         torch.stack(before.losses).float(), torch.stack(record.losses).float(), rtol=3e-2, atol=3e-2
     )
@@ -201,14 +204,13 @@ def test_all_ranks_start_as_rank_0(world4: World) -> None:
 
 
 def used_in_one_replica(index: int, of_rank: int) -> Choice:
-    return *models.vectors(index, of_rank), "xxx" if of_rank == 3 else ("x..", "...")[index % 2]
+    return *models.vectors(index, of_rank), "xxx" if of_rank >= 2 else ("x..", "...")[index % 2]
 
 
 def parts_are_stepped_on_all_replicas() -> None:
-    for batch in (used_in_one_replica, parts_unused_on_some_ranks):
-        recipe = Recipe(models.build_optional, batch, with_choice, adamw_in_two_groups, steps=3)
-        for size in (1, 2):
-            equals_reference_in_groups(recipe, size)
+    for batch, size in ((used_in_one_replica, 2), (used_in_one_replica, 1), (parts_unused_on_some_ranks, 1)):
+        recipe = Recipe(models.build_optional, batch, with_choice, adamw_in_two_groups, steps=2)
+        equals_reference_in_groups(recipe, size)
 
 
 def frozen_and_quiet_passes() -> None:
@@ -310,7 +312,7 @@ def test_a_replica_on_another_path_is_an_error(world4: World, check: bool) -> No
 
 
 def offloaded_agrees_with_device(size: int, path: str) -> None:
-    recipe = dataclasses.replace(GPT, accumulation=2, clip=0.5)
+    recipe = dataclasses.replace(MLP, steps=2, accumulation=2, clip=0.5)
     for others in ({}, BF16):
         here = None
         for device in ("none", "cpu", "nvme"):

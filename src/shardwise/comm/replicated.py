@@ -57,7 +57,9 @@ class Replicated(Relay):
         self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts, shard: torch.Tensor, accumulate: bool
     ) -> Steps:
         total = self._inner.borrow(shard.numel(), shard.dtype) if accumulate else shard
-        yield [self._inner._reduce_scatter(identity, buffer, cuts, total, accumulate=False)]
+        inside = self._inner._reduce_scatter(identity, buffer, cuts, total, accumulate=False)
+        if self._inner.size > 1:
+            yield [inside]
         parts = _even_cuts(total.numel(), self._across.size)
         mine = self._across.my_slice(total, parts)
         yield [self._across._reduce_scatter(identity, total, parts, mine, accumulate=False)]

@@ -146,9 +146,9 @@ def _gathered_by_nodes(moves: Communicator, of_groups: Sequence[Topology]) -> Co
         return moves
     if len(set(of_groups)) > 1 or of_groups[0].ranks_per_node is None:
         raise ConfigError(
-            f"zero_optimization.mics_hierarchical_params_gather: groups of {moves.size} neighbouring ranks do not all lie "
-            "on nodes alike. Expected as many ranks on every node, and a mics_shard_size that is a multiple of that number "
-            "or divides it. Change mics_shard_size, or drop this key."
+            f"zero_optimization.mics_hierarchical_params_gather: groups of {moves.size} neighbouring ranks do not all "
+            "lie on nodes alike. Expected as many ranks on every node, and a mics_shard_size that is a multiple of "
+            "that number or divides it. Change mics_shard_size, or drop this key."
         )
     inside, across = build_hops(moves, of_groups[0])
     return TwoHop(moves, inside, across, TwoHopSettings(gathers=True))
