@@ -63,7 +63,7 @@ def plain(**others: Any) -> Config:
 
 
 def digest_of(tensors: list[torch.Tensor]) -> str:
-    return hashlib.sha256(b"".join(t.detach().float().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+    return hashlib.sha256(b"".join(t.detach().float().clone().numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def assert_replicas_agree(engine: Any) -> None:

@@ -151,7 +151,7 @@ class Communicator(ABC):
         self._group = axis.group
         self.traffic = Traffic(axis.name, axis.rank, axis.size)
         self.log: list[str] = []
-        """What this rank took part in since the log was last cleared: must be the same on every rank."""
+        """What this rank took part in since the log was last cleared; see ``zero/agreement.py``."""
         self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
 
     def my_span(self, cuts: Cuts) -> Span:
