@@ -295,7 +295,7 @@ def one_replica_apart(index: int, of_rank: int) -> Choice:
 
 def goes_apart(check: bool) -> None:
     recipe = Recipe(models.build_branches, one_replica_apart, with_choice, adamw_in_two_groups)
-    train_with_engine(recipe, mics(2, shardwise={"check_collectives": check}))
+    train_with_engine(recipe, mics(2, shardwise={"check_collectives": check, "unit_classes": ["Block"]}))
 
 
 @pytest.mark.parametrize("check", [False, True])
@@ -607,6 +607,21 @@ def test_what_makes_no_sense_is_refused(world3: World) -> None:
             assert expected in text
 
 
+def gathers_where(local_ranks: tuple[int, ...], size: int) -> None:
+    """With LOCAL_RANK as a launcher on nodes of other sizes sets it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", str(local_ranks[rank()]))
+        equals_reference_in_groups(MLP, size, zero=HIERARCHICAL, shardwise={"transport": "process_group"})
+
+
+def refused_where(local_ranks: tuple[int, ...], size: int) -> None:
+    with pytest.raises(ConfigError, match="do not all lie on nodes alike"):
+        gathers_where(local_ranks, size)
+
+
 def test_groups_must_lie_on_nodes_alike(world4: World) -> None:
-    """Four nodes of one rank, and groups of two: two hops. Two groups that lie unlike: an error."""
-    world4.run(equals_reference_in_groups, MLP, 2, zero=HIERARCHICAL, shardwise={"simulated_nodes": 4})
+    world4.run(gathers_where, (0, 0, 0, 0), 2)
+    world4.run(refused_where, (0, 1, 2, 0), 2)
+    world4.run(refused_where, (0, 1, 2, 0), 4)
+    for text in world4.run(refused, mics(2, zero=HIERARCHICAL, shardwise={"transport": "shared_memory"})):
+        assert "where nothing travels" in text

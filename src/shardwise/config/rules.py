@@ -102,6 +102,12 @@ def _replicas(config: EngineConfig) -> Iterator[Fault]:
             f"found {zero.mics_shard_size} at stage {zero.stage}; it shards all states, parameters among them. Set "
             "stage to 3, or drop it.",
         )
+    if zero.mics_hierarchical_params_gather and config.shardwise.transport == "shared_memory":
+        yield Fault(
+            ("zero_optimization", "mics_hierarchical_params_gather"),
+            'found true, and shardwise.transport is "shared_memory", where nothing travels. Set the transport to '
+            '"process_group" or "auto".',
+        )
     for name, wanted in _zeropp(config).items():
         if wanted:
             yield Fault(

@@ -82,7 +82,7 @@ def choose_transport(mesh: Mesh, config: EngineConfig, offload: Offload) -> str:
                 "'process_group' or 'auto'."
             )
         return "process_group"
-    return "process_group" if uses_two_hops(config) else transport
+    return "process_group" if uses_two_hops(config) or gathers_by_nodes(config) else transport
 
 
 def in_one_group(mesh: Mesh, config: EngineConfig, transport: str, averaging: Averaging) -> Communicator:
@@ -92,6 +92,8 @@ def in_one_group(mesh: Mesh, config: EngineConfig, transport: str, averaging: Av
     comm.traffic.topology = find_topology(comm, config.shardwise.simulated_nodes)
     if uses_two_hops(config) and comm.size > 1:
         comm = in_two_hops(comm, moves, config, averaging.before * averaging.after)
+    elif gathers_by_nodes(config):
+        comm = _by_nodes(comm, moves, [comm.traffic.topology])
     return _logged(comm, mesh.dp_shard, config)
 
 
@@ -104,8 +106,8 @@ def in_replicas(mesh: Mesh, config: EngineConfig, transport: str, averaging: Ave
     for comm, axis in ((moves, mesh.dp_shard), (across, mesh.dp_replicate), (everyone, mesh.world)):
         comm.traffic.topology = topology.among(axis.ranks)
     inner = moves
-    if config.zero_optimization.mics_hierarchical_params_gather:
-        inner = _gathered_by_nodes(moves, [topology.among(part) for part in mesh.dp_shard.parts])
+    if gathers_by_nodes(config):
+        inner = _by_nodes(moves, moves, [topology.among(part) for part in mesh.dp_shard.parts])
     replicated = Replicated(
         _logged(inner, mesh.dp_shard, config),
         _logged(across, mesh.dp_replicate, config),
@@ -136,14 +138,19 @@ def _logged(comm: Communicator, axis: Axis, config: EngineConfig) -> Communicato
     return Logged(comm, axis.name, comms_log_settings(config.comms_logger, comm.world.rank))
 
 
-def _gathered_by_nodes(moves: Communicator, of_groups: Sequence[Topology]) -> Communicator:
-    """``moves``, which gathers across nodes first and then inside them, where groups are of several. Collective.
+def _by_nodes(comm: Communicator, moves: Communicator, of_groups: Sequence[Topology]) -> Communicator:
+    """``comm``, which gathers across nodes first and then inside them, where groups are of several. Collective.
+
+    Args:
+        comm: for everything else.
+        moves: the transport that ``comm`` stands around.
+        of_groups: the topology of each group of ranks that gather.
 
     Raises:
         ConfigError: groups are not of whole nodes of one size.
     """
     if all(topology.num_nodes == 1 for topology in of_groups):
-        return moves
+        return comm
     if len(set(of_groups)) > 1 or of_groups[0].ranks_per_node is None:
         raise ConfigError(
             f"zero_optimization.mics_hierarchical_params_gather: groups of {moves.size} neighbouring ranks do not all "
@@ -151,13 +158,19 @@ def _gathered_by_nodes(moves: Communicator, of_groups: Sequence[Topology]) -> Co
             "that number or divides it. Change mics_shard_size, or drop this key."
         )
     inside, across = build_hops(moves, of_groups[0])
-    return TwoHop(moves, inside, across, TwoHopSettings(gathers=True))
+    return TwoHop(comm, inside, across, TwoHopSettings(gathers=True))
 
 
 def uses_two_hops(config: EngineConfig) -> bool:
     """Whether ZeRO++ is asked for."""
     zero = config.zero_optimization
     return zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_hpz_partition_size > 1
+
+
+def gathers_by_nodes(config: EngineConfig) -> bool:
+    """Whether MiCS's gathers are to travel across nodes first."""
+    zero = config.zero_optimization
+    return zero.mics_shard_size > 0 and zero.mics_hierarchical_params_gather
 
 
 def find_topology(comm: Communicator, simulated_nodes: int | None) -> Topology:
