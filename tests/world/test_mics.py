@@ -20,6 +20,7 @@ from torch import nn
 import shardwise
 from shardwise.checkpoint.manifest import read_manifest
 from shardwise.comm.traffic import Route
+from shardwise.config.load import load_config
 from shardwise.errors import CollectiveError, ConfigError
 from shardwise.explain.states import states_per_rank
 from shardwise.utils import (
@@ -427,7 +428,7 @@ def test_a_group_inside_a_node_gathers_as_without(world4: World) -> None:
 
 def test_explain_counts_a_group() -> None:
     def in_force(config: Config, num_ranks: int) -> StateBytes:
-        states = states_per_rank(shardwise.load_config(config), 1_000_000, num_ranks)
+        states = states_per_rank(load_config(config), 1_000_000, num_ranks)
         return next(stage.bytes for stage in states.stages if stage.in_force)
 
     assert in_force(mics(2, **BF16), 8) == in_force(plain(**BF16), 2)
