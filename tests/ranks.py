@@ -24,6 +24,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from shardwise.mesh import kept_groups
+
 # What libraries below us set up for themselves the first time that they compile is not ours to police.
 FOREIGN_ENVIRONMENT_PREFIXES = ("TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KINETO_", "PYTEST_")
 FOREIGN_THREADS = ("tqdm_monitor", "ThreadPoolExecutor")  # torch's compiler keeps a pool; shardwise has none
@@ -102,7 +104,12 @@ class Census:
             environment=frozenset(
                 (name, value) for name, value in os.environ.items() if not name.startswith(FOREIGN_ENVIRONMENT_PREFIXES)
             ),
-            process_groups=frozenset(dist.distributed_c10d._world.pg_names.values()),
+            process_groups=frozenset(
+                # Those of the mesh are made once and live as long as the world.
+                name
+                for group, name in dist.distributed_c10d._world.pg_names.items()
+                if group not in kept_groups()
+            ),
             shared_memory=_shared_memory(),
             torch_state=frozenset(
                 {

@@ -2,7 +2,8 @@
 
 The reduction that all of them define: take the ranks' gradients in rank order, add them in fp32 one after the other,
 multiply the total once by 1/W. A rank that has no gradient counts as zeros; a parameter that no rank has a gradient for
-stays without one, so the optimizer passes it by.
+stays without one, so the optimizer passes it by. Where states are replicated over groups of neighbouring ranks the sums
+of the groups are taken first, each in this order, and then added in the order of the groups.
 """
 
 import functools
@@ -92,13 +93,15 @@ Gradients = dict[str, Tensor]
 
 
 @functools.lru_cache(maxsize=8)  # many tests ask for the same run; nobody changes a Record that was returned
-def train_alone(recipe: Recipe, world_size: int, cadence: Cadence = "once") -> list[Record]:
+def train_alone(
+    recipe: Recipe, world_size: int, cadence: Cadence = "once", group_size: int | None = None
+) -> list[Record]:
     """Play all ranks of a world in this one process; returns one Record a rank, with the same weights in each."""
     model = recipe.model()
     optimizer = recipe.optimizer(model)
     records = [Record() for _ in range(world_size)]
     for step in range(recipe.steps):
-        give_gradients(model, _reduced_gradients(recipe, model, step, cadence, records))
+        give_gradients(model, _reduced_gradients(recipe, model, step, cadence, records, group_size))
         norm = clip(model, recipe.clip)
         optimizer.step()
         for record in records:
@@ -110,7 +113,7 @@ def train_alone(recipe: Recipe, world_size: int, cadence: Cadence = "once") -> l
 
 
 def _reduced_gradients(
-    recipe: Recipe, model: nn.Module, step: int, cadence: Cadence, records: list[Record]
+    recipe: Recipe, model: nn.Module, step: int, cadence: Cadence, records: list[Record], group_size: int | None
 ) -> Gradients:
     """All backward calls of one step: every rank adds up its own until they are reduced; the means add up in turn."""
     total: Gradients = {}
@@ -125,7 +128,7 @@ def _reduced_gradients(
             for kept, found in zip(unreduced, of_rank, strict=True):
                 add_into(kept, found[number])
             if cadence == "every" or (last_micro_batch and number == num_backwards - 1):
-                add_into(total, ordered_mean(unreduced))
+                add_into(total, ordered_mean(unreduced, group_size))
                 unreduced = [{} for _ in records]
     return total
 
@@ -160,15 +163,22 @@ def give_gradients(model: nn.Module, gradients: Gradients) -> None:
         parameter.grad = gradients.get(name)
 
 
-def ordered_mean(of_rank: list[Gradients]) -> Gradients:
-    """Mean over ranks, added in rank order in fp32, multiplied once by 1/W, in the gradient's dtype."""
+def ordered_mean(of_rank: list[Gradients], group_size: int | None = None) -> Gradients:
+    """Mean over ranks, added in rank order in fp32, multiplied once by 1/W, in the gradient's dtype.
+
+    With `group_size` each group of so many neighbours is added up first.
+    """
+    size = group_size or len(of_rank)
     names = {name: gradient for gradients in of_rank for name, gradient in gradients.items()}
     means: Gradients = {}
     for name, like in names.items():
         total = torch.zeros_like(like, dtype=torch.float32)
-        for gradients in of_rank:
-            if name in gradients:
-                total += gradients[name].float()
+        for first in range(0, len(of_rank), size):
+            of_group = torch.zeros_like(total)
+            for gradients in of_rank[first : first + size]:
+                if name in gradients:
+                    of_group += gradients[name].float()
+            total += of_group
         means[name] = (total * (1.0 / len(of_rank))).to(like.dtype)
     return means
 

@@ -1,6 +1,8 @@
 """Ranks, device and process groups: the one place that creates them and that reads torchrun's environment.
 
-The mesh names its axes. ``dp_shard`` is the axis that model states are sharded over.
+The mesh names its axes. ``dp_shard`` is the axis that model states are sharded over, ``dp_replicate`` the one along
+which each shard is held several times, ``world`` joins all ranks. Where ``dp_shard`` has k ranks, rank r of the world
+is rank r % k on it and rank r // k on ``dp_replicate``.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 _SECONDS_TO_PUT_AWAY = 0.05
 
 
+Parts = tuple[tuple[int, ...], ...]
+"""Ranks of the world, each in one of these groups."""
+
+
 @dataclass(frozen=True, slots=True)
 class Axis:
     """One axis of the mesh as this rank sees it."""
@@ -37,6 +43,15 @@ class Axis:
     control_group: ProcessGroup | None
     """gloo: carries a few host bytes a step, without waiting for the device."""
     timeout: timedelta
+    parts: Parts
+    """All groups of the axis, this rank's among them."""
+    part: int
+    """Which of them is this rank's."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the world that this rank meets here, in their order on the axis."""
+        return self.parts[self.part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +60,8 @@ class Mesh:
 
     device: torch.device
     dp_shard: Axis
+    dp_replicate: Axis
+    world: Axis
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -143,27 +160,63 @@ def _leave(group: weakref.ref[ProcessGroup], destroys: bool) -> None:
         time.sleep(_SECONDS_TO_PUT_AWAY)
 
 
-def build_mesh(device: str | torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> Mesh:
-    """The mesh over all ranks: one axis, ``dp_shard``."""
+def build_mesh(
+    device: str | torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT, shard_size: int | None = None
+) -> Mesh:
+    """The mesh over all ranks. Collective where ``shard_size`` is given.
+
+    Args:
+        device: as ``choose_device`` takes it.
+        timeout: how long a rank waits for the others.
+        shard_size: ranks of ``dp_shard``, neighbours; it divides the world. None: all ranks.
+    """
     chosen = choose_device(device)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return Mesh(chosen, Axis("dp_shard", 0, 1, None, None, timeout))
-    group = dist.group.WORLD
-    assert group is not None  # initialised just above
-    control = group if chosen.type == "cpu" else _control_group(group, timeout)
-    return Mesh(chosen, Axis("dp_shard", dist.get_rank(), dist.get_world_size(), group, control, timeout))
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if size > 1 else 0
+    shard = shard_size or size
+    rows = tuple(tuple(range(first, first + shard)) for first in range(0, size, shard))
+    world = _axis("world", (tuple(range(size)),), rank, chosen, timeout)
+    return Mesh(
+        chosen,
+        dp_shard=_axis("dp_shard", rows, rank, chosen, timeout),
+        dp_replicate=_axis("dp_replicate", tuple(zip(*rows, strict=True)), rank, chosen, timeout),
+        world=world,
+    )
 
 
-_subgroups: dict[tuple[ProcessGroup, tuple[tuple[int, ...], ...]], ProcessGroup] = {}
+def _axis(name: str, parts: Parts, rank: int, device: torch.device, timeout: timedelta) -> Axis:
+    part = next(number for number, ranks in enumerate(parts) if rank in ranks)
+    place, size = parts[part].index(rank), len(parts[part])
+    if size == 1:
+        return Axis(name, place, size, None, None, timeout, parts, part)
+    world = dist.group.WORLD
+    assert world is not None  # several ranks
+    group = world if len(parts) == 1 else split(parts, timeout)
+    if device.type == "cpu":
+        control = group
+    else:
+        control = _control_group(world, timeout) if len(parts) == 1 else split(parts, timeout, backend="gloo")
+    return Axis(name, place, size, group, control, timeout, parts, part)
 
 
-def split(world: ProcessGroup, partition: Sequence[Sequence[int]], timeout: timedelta) -> ProcessGroup:
-    """The process group of the part that this rank is in. Collective; made once for a partition of the ranks."""
-    key = (world, tuple(map(tuple, partition)))
+_subgroups: dict[tuple[ProcessGroup, Parts, str | None], ProcessGroup] = {}
+
+
+def split(parts: Sequence[Sequence[int]], timeout: timedelta, backend: str | None = None) -> ProcessGroup:
+    """The process group of the part that this rank is in. Collective; made once for a partition of the ranks.
+
+    Args:
+        parts: every rank of the world is in one of them.
+        timeout: of the groups.
+        backend: None: that of the world.
+    """
+    world = dist.group.WORLD
+    assert world is not None  # several ranks
+    key = (world, tuple(map(tuple, parts)), backend)
     if key not in _subgroups:
         for old in [old for old in _subgroups if old[0] is not world]:
             del _subgroups[old]  # a former world was destroyed, and its groups with it
-        group, _ = dist.new_subgroups_by_enumeration([list(part) for part in key[1]], timeout=timeout)
+        group, _ = dist.new_subgroups_by_enumeration([list(part) for part in key[1]], timeout=timeout, backend=backend)
         _subgroups[key] = group
     return _subgroups[key]
 
@@ -177,3 +230,8 @@ def _control_group(world: ProcessGroup, timeout: timedelta) -> ProcessGroup:
         _control_groups.clear()  # a former world was destroyed, and its groups with it
         _control_groups[world] = dist.new_group(backend="gloo", timeout=timeout)
     return _control_groups[world]
+
+
+def kept_groups() -> frozenset[ProcessGroup]:
+    """The groups beside the world's that live as long as it does: whoever asks for them again gets the same."""
+    return frozenset((*_subgroups.values(), *_control_groups.values()))

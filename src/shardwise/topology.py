@@ -52,6 +52,14 @@ class Topology:
         sizes = {self.node_of.count(node) for node in range(self.num_nodes)}
         return sizes.pop() if len(sizes) == 1 else None
 
+    def among(self, ranks: Sequence[int]) -> Topology:
+        """The same for some of the ranks, in ascending order, who are counted from 0."""
+        node_of: list[int] = []
+        for place, rank in enumerate(ranks):
+            begins = place > 0 and self.node_of[rank] != self.node_of[ranks[place - 1]]
+            node_of.append(node_of[-1] + begins if node_of else 0)
+        return Topology(tuple(node_of))
+
     def inside(self, rank: int) -> tuple[int, ...]:
         """The ranks of the node that ``rank`` is on."""
         return tuple(other for other in range(self.world) if self.node_of[other] == self.node_of[rank])

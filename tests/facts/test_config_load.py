@@ -223,7 +223,6 @@ def test_auto_that_nobody_can_fill_names_the_key(path):
     "source",
     [
         {"zero_optimization": {"cpu_offload": True}},
-        {"zero_optimization": {"mics_shard_size": 2}},
         {"zero_optimization": {"ignore_unused_parameters": False}},
         {"sparse_gradients": True},
         {"amp": {"enabled": True}},

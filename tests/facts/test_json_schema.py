@@ -37,17 +37,17 @@ def loads(config):
     return True
 
 
-COMPANIONS = dict.fromkeys(
-    [
-        ("zero_optimization", "zero_hpz_partition_size"),
-        ("zero_optimization", "zero_quantized_weights"),
-        ("zero_optimization", "zero_quantized_gradients"),
-        ("zero_optimization", "zero_quantized_nontrainable_weights"),
-        ("zero_optimization", "mics_shard_size"),
-        ("shardwise", "frozen_weights"),
-    ],
-    {"stage": 3},
-) | {("shardwise", "error_feedback"): {"stage": 3, "zero_quantized_gradients": True}}
+AT_STAGE_3 = {"stage": 3}
+COMPANIONS = {
+    ("zero_optimization", "zero_hpz_partition_size"): AT_STAGE_3,
+    ("zero_optimization", "zero_quantized_weights"): AT_STAGE_3,
+    ("zero_optimization", "zero_quantized_gradients"): AT_STAGE_3,
+    ("zero_optimization", "zero_quantized_nontrainable_weights"): AT_STAGE_3,
+    ("zero_optimization", "mics_shard_size"): AT_STAGE_3,
+    ("zero_optimization", "mics_hierarchical_params_gather"): {"stage": 3, "mics_shard_size": 2},
+    ("shardwise", "frozen_weights"): AT_STAGE_3,
+    ("shardwise", "error_feedback"): AT_STAGE_3 | {"zero_quantized_gradients": True},
+}
 """Of zero_optimization, for keys that a rule binds to others, which no schema can say: each is judged where it fits."""
 
 

@@ -88,11 +88,11 @@ def run_steps(recipe: Recipe, engine: Any) -> Record:
 
 
 @functools.lru_cache(maxsize=4)
-def reference_of(recipe: Recipe, cadence: Cadence) -> Record:
+def reference_of(recipe: Recipe, cadence: Cadence, group_size: int | None = None) -> Record:
     """This rank's Record of the run in one process. Collective: rank 0 computes it, the others receive it."""
     if world_size() == 1:
         return train_alone(recipe, 1, cadence)[0]
-    box = [train_alone(recipe, world_size(), cadence) if rank() == 0 else None]
+    box = [train_alone(recipe, world_size(), cadence, group_size) if rank() == 0 else None]
     dist.broadcast_object_list(box)
     assert box[0] is not None
     return box[0][rank()]

@@ -35,12 +35,12 @@ class EngineMeeting:
     @property
     def rank(self) -> int:
         """This rank."""
-        return self.comm.rank
+        return self.comm.world.rank
 
     @property
     def size(self) -> int:
         """Number of ranks."""
-        return self.comm.size
+        return self.comm.world.size
 
     def exchange(self, subject: str, payload: bytes) -> list[bytes]:
         """Every rank's payload. Collective."""
@@ -103,7 +103,7 @@ def load_engine(
     meeting = EngineMeeting(trained.comm, trained.counters["global_steps"])
     opened = open_together(lambda: locate(Path(directory), tag), meeting)
     if opened is None:
-        if trained.comm.rank == 0:
+        if meeting.rank == 0:
             logger.warning("there is no checkpoint in %s: nothing was loaded.", directory)
         return None
     with opened as checkpoint:

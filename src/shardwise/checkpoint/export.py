@@ -117,7 +117,7 @@ def gather(trained: Trained, step: int) -> dict[str, torch.Tensor]:
     order, ties = plan(trained)
     found: dict[str, torch.Tensor] = {}
     for name, tensor in stream(order, trained.comm, step):
-        if trained.comm.rank == 0:
+        if trained.comm.world.rank == 0:
             found[name] = tensor.to("cpu", copy=True)
     found |= {name: found[kept] for name, kept in ties.items() if kept in found}
     return {name: found[name] for name in trained.references if name in found}

@@ -94,6 +94,8 @@ def slices_of(segment: Segment, span: Span) -> Iterator[Slice]:
 class Part:
     """What this rank writes of a model: entries of its file, and its words for the manifest.
 
+    What several replicas hold the first one writes; of the others there is what only they know.
+
     Args:
         index: of the model in the checkpoint.
         trained: the model.
@@ -105,6 +107,7 @@ class Part:
         self._index = index
         self._trained = trained
         self._put = put
+        self._writes_states = trained.comm.replica == 0
         self.entries: list[Entry] = []
         self.excluded = [
             name
@@ -132,8 +135,10 @@ class Part:
                             "group": slot.group,
                             "pieces": [],
                         }
-                self._weights(segment, found)
-        self._states(found)
+                if self._writes_states:
+                    self._weights(segment, found)
+        if self._writes_states:
+            self._states(found)
         self._gradients(found)
         return found
 
@@ -163,7 +168,7 @@ class Part:
         for unit in self._trained.units:
             for segment, gradients in unit.trainable:
                 so_far = gradients.so_far()
-                if so_far.reduced is not None:
+                if so_far.reduced is not None and self._writes_states:
                     shard = segment.layout.shard(rank)
                     for piece in segment.layout.pieces(shard):
                         part = piece.within_buffer.shift(-shard.begin)
@@ -457,7 +462,7 @@ class Loading:
         self._saved = saved
         self._trained = trained
         self.keys = self._compare(wishes.strict)
-        rank = trained.comm.rank if same_world else None
+        rank = trained.comm.world.rank if same_world else None
         self._buffers = {
             name: saved.buffer(name, rank)
             for name, value in trained.references.items()
@@ -581,7 +586,7 @@ class Loading:
 
     def _so_far(self, segment: Segment, same_world: bool) -> SoFar:
         saved, comm = self._saved, self._trained.comm
-        rank, shard = comm.rank, segment.layout.shard(comm.rank)
+        shard = segment.layout.shard(comm.rank)
         owned = torch.empty(0, dtype=master_dtype(segment.dtype), device=comm.device)
         reduced: torch.Tensor | None = None
         for piece in segment.layout.pieces(shard):
@@ -595,7 +600,7 @@ class Loading:
         unreduced = {}
         for slot, name in enumerate(segment.names):
             if same_world and saved.has_gradient(name):
-                whole = saved.unreduced_gradient(name, rank, owned.dtype)
+                whole = saved.unreduced_gradient(name, comm.world.rank, owned.dtype)
                 if whole is not None:
                     unreduced[slot] = whole.to(owned.device).view(segment.layout.slots[slot].shape)
         if reduced is None and any(saved.has_reduced_gradient(name, not same_world) for name in segment.names):

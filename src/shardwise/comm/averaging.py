@@ -39,9 +39,9 @@ class Averaging:
 
 def average_by(comm: Communicator, averaging: Averaging) -> Communicator:
     """The transport with another division; a world of one sums nothing, and stays as it is."""
-    if comm.size == 1:
+    if comm.world.size == 1:
         return comm
-    comm.factor_after_sum = averaging.after
+    comm.multiply_sums_by(averaging.after)
     return comm if averaging.before == 1.0 else Prescaled(comm, averaging.before)
 
 

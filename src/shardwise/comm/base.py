@@ -110,8 +110,20 @@ class Done:
         """Nothing to wait for."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One of so many ranks."""
+
+    rank: int
+    size: int
+
+
 class Communicator(ABC):
-    """Moves flat buffers between the ranks of one mesh axis.
+    """Moves flat buffers between the ranks of one mesh axis, and lets all ranks of the world meet.
+
+    ``rank`` and ``size`` are those of the axis, along which buffers are cut; ``world`` is this rank's place among all
+    that train together, who exchange words, share rank 0's values and take means. Both are the same where the axis
+    joins all ranks. A transport of a smaller axis meets nobody else; ``Replicated`` joins several.
 
     All methods but ``allocate``, ``free``, ``borrow`` and ``give_back`` are collective: every rank calls them in the
     same order.
@@ -132,13 +144,16 @@ class Communicator(ABC):
     def __init__(self, axis: Axis, device: torch.device) -> None:
         self.rank = axis.rank
         self.size = axis.size
+        self.world = Place(axis.ranks[axis.rank], sum(map(len, axis.parts)))
+        self.replica = axis.part
+        """Which of the equal copies of all states this rank holds a part of."""
         self.device = device
         self.factor_after_sum = 1.0 / axis.size
         """What a sum over ranks is multiplied by: by default that makes it the mean."""
         self._group = axis.group
-        self.traffic = Traffic(axis.rank, axis.size)
+        self.traffic = Traffic(axis.name, axis.rank, axis.size)
         self.log: list[str] = []
-        """What this rank took part in since the log was last cleared: must be the same on every rank."""
+        """What this rank took part in since the log was last cleared; see ``zero/agreement.py``."""
         self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
 
     def my_span(self, cuts: Cuts) -> Span:
@@ -181,12 +196,12 @@ class Communicator(ABC):
         return torch.empty(numel, dtype=dtype, device=self.device)
 
     def broadcast(self, buffer: torch.Tensor) -> None:
-        """Overwrite ``buffer`` with rank 0's, on every rank; for the start of a run."""
+        """Overwrite ``buffer`` with rank 0's of the world, on every rank; for the start of a run."""
         if self._group is not None:
             dist.broadcast(buffer, group=self._group, group_src=0)
 
     def average(self, buffer: torch.Tensor) -> None:
-        """Overwrite ``buffer`` with the mean over ranks; for what is in no unit."""
+        """Overwrite ``buffer`` with the mean over all ranks; for what is in no unit."""
         if self._group is not None:
             dist.all_reduce(buffer, group=self._group)
             buffer.div_(self.size)
@@ -215,9 +230,9 @@ class Communicator(ABC):
     def reduce_scatter(
         self, identity: CollectiveId, buffer: torch.Tensor, cuts: Cuts, shard: torch.Tensor, accumulate: bool
     ) -> Pending:
-        """``shard`` [my slice] = (or += if ``accumulate``) the mean over ranks of my slice of ``buffer`` [N].
+        """``shard`` [my slice] = (or += if ``accumulate``) the mean over all ranks of my slice of ``buffer`` [N].
 
-        "Mean" is the sum times ``factor_after_sum``.
+        "Mean" is the sum times what ``multiply_sums_by`` said.
         ``buffer`` comes from ``allocate`` or ``borrow``; once the result was waited for it may be given back, and may
         be written again after ``settle`` or the next ``exchange``. ``shard`` may be my slice of ``buffer``, but not if
         it accumulates.
@@ -225,13 +240,17 @@ class Communicator(ABC):
         self._announce(identity)
         return self._reduce_scatter(identity, buffer, cuts, shard, accumulate)
 
+    def multiply_sums_by(self, factor: float) -> None:
+        """What sums of gradients over ranks are multiplied by, instead of what makes them means."""
+        self.factor_after_sum = factor
+
     def _announce(self, identity: CollectiveId) -> None:
         text = str(identity)
         self.log.append(text)
         if self.check:
             for rank, other in enumerate(self.exchange(CollectiveId("check", "", identity.step), text.encode())):
                 if other.decode() != text:
-                    raise different_paths(self.rank, text, rank, other.decode())
+                    raise different_paths(self.world.rank, text, rank, other.decode())
 
     @abstractmethod
     def _all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending: ...
@@ -249,7 +268,10 @@ class Communicator(ABC):
 
     @abstractmethod
     def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
-        """Give every rank's ``payload`` (any length) to every rank; also a barrier. Host bytes, a few a step."""
+        """Give every rank's ``payload`` (any length) to every rank, in the world's order; also a barrier.
+
+        Host bytes, a few a step.
+        """
 
     def secondary_bytes(self) -> int:
         """Bytes that the transport keeps of parameters and gradients to send less."""
@@ -305,8 +327,10 @@ def mean_into(
             total.add_(addend)
     for addend in addends[2:]:
         total.add_(addend)
-    if len(addends) > 1:
-        total.mul_(1.0 / len(addends) if factor is None else factor)
+    if factor is None:
+        factor = 1.0 / len(addends)
+    if len(addends) > 1 and factor != 1.0:
+        total.mul_(factor)
     if accumulate:
         shard.add_(total)
     elif total is not shard:

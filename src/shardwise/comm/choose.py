@@ -8,18 +8,22 @@ from shardwise.comm.process_group import AllReduceNative, Native, OrderedMessage
 from shardwise.comm.shared_memory import SharedMemory
 from shardwise.comm.single import SingleRank
 from shardwise.errors import ConfigError
-from shardwise.mesh import Mesh
+from shardwise.mesh import Axis, Mesh
 from shardwise.topology import Topology
 
 
 def build_hops(comm: Communicator, topology: Topology) -> tuple[Hop, Hop]:
     """The two ways of a two-hop collective: inside the nodes of ``topology``, and across them. Collective.
 
+    Args:
+        comm: moves what the hops carry.
+        topology: of the axis of ``comm``.
+
     Raises:
         ConfigError: ``comm`` is not from messages or a backend, or the nodes differ in size.
     """
     if not isinstance(comm, OrderedMessages | Native):
-        raise ConfigError("quantised travel and hpZ need transport 'process_group' and more than one rank.")
+        raise ConfigError("collectives in two hops need transport 'process_group' and more than one rank.")
     if topology.ranks_per_node is None:
         sizes = [topology.node_of.count(node) for node in range(topology.num_nodes)]
         raise ConfigError(
@@ -40,8 +44,9 @@ def build_communicator(
     allgather_partitions: bool = True,
     reduce_bucket_numel: int = 500_000_000,
     gather_bucket_numel: int = 500_000_000,
+    axis: Axis | None = None,
 ) -> Communicator:
-    """The transport of ``mesh.dp_shard``. Collective: all ranks choose alike.
+    """The transport of one axis. Collective: all ranks choose alike.
 
     Args:
         mesh: device and ranks.
@@ -53,11 +58,12 @@ def build_communicator(
             fetch from each owner anyway do so in both cases.
         reduce_bucket_numel: elements that are reduced at a time at most.
         gather_bucket_numel: elements of stepped parameters that are gathered at a time at most.
+        axis: of ``mesh``; None: ``mesh.dp_shard``.
 
     Raises:
         ConfigError: what is asked for cannot be had here.
     """
-    axis = mesh.dp_shard
+    axis = axis or mesh.dp_shard
     buckets = Buckets(reduce_bucket_numel, gather_bucket_numel)
     if axis.size == 1:
         return SingleRank(axis, mesh.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ from torch.distributed import ProcessGroup, Work
 
 from shardwise.comm.base import LABEL_BYTES, CollectiveId, different_paths, label, text_of
 from shardwise.errors import CollectiveError
+from shardwise.mesh import Axis
 
 
 class Mailbox:
@@ -21,11 +21,13 @@ class Mailbox:
     so payloads of different sizes never meet: the header tells what went wrong.
     """
 
-    def __init__(self, rank: int, size: int, group: ProcessGroup, timeout: timedelta) -> None:
-        self.rank = rank
-        self.size = size
+    def __init__(self, axis: Axis, group: ProcessGroup) -> None:
+        self.rank = axis.rank
+        self.size = axis.size
+        self.names = axis.ranks
+        """What the ranks are called in messages to people: as the world counts them."""
         self.group = group
-        self.timeout = timeout
+        self.timeout = axis.timeout
         self._count = 0
 
     def send(
@@ -49,9 +51,9 @@ class Mailbox:
             messages.post_header(rank, header, tag)
             source, target = outgoing[rank], incoming[rank]
             if source is not None:
-                messages.keep(dist.isend(source, rank, group=self.group, tag=tag + _size_tag(source)), rank)
+                messages.keep(dist.isend(source, group=self.group, group_dst=rank, tag=tag + _size_tag(source)), rank)
             if target is not None:
-                messages.keep(dist.irecv(target, rank, group=self.group, tag=tag + _size_tag(target)), rank)
+                messages.keep(dist.irecv(target, group=self.group, group_src=rank, tag=tag + _size_tag(target)), rank)
         return messages
 
     def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:
@@ -88,8 +90,8 @@ class Messages:
         """Say to ``rank`` what this is, and hear what it is there."""
         group = self._mailbox.group
         received = torch.empty(LABEL_BYTES, dtype=torch.uint8)
-        self._headers.append((rank, received, dist.irecv(received, rank, group=group, tag=tag)))
-        self._sent.append((dist.isend(header, rank, group=group, tag=tag), header))
+        self._headers.append((rank, received, dist.irecv(received, group=group, group_src=rank, tag=tag)))
+        self._sent.append((dist.isend(header, group=group, group_dst=rank, tag=tag), header))
 
     def keep(self, work: Work | None, rank: int) -> None:
         """A payload is on its way to or from ``rank``."""
@@ -101,7 +103,8 @@ class Messages:
             self._wait_one(work, rank)
             found = received.numpy().tobytes()
             if found != label(self._identity):
-                raise different_paths(self._mailbox.rank, str(self._identity), rank, text_of(found))
+                names = self._mailbox.names
+                raise different_paths(names[self._mailbox.rank], str(self._identity), names[rank], text_of(found))
         for work, rank in self._work:
             self._wait_one(work, rank)
         for work, _ in self._sent:
@@ -114,9 +117,10 @@ class Messages:
         try:
             work.wait(self._mailbox.timeout)
         except RuntimeError as error:
+            names = self._mailbox.names
             raise CollectiveError(
-                f"rank {self._mailbox.rank} waits for rank {rank} in {self._identity}, which did not come within "
-                f"{self._mailbox.timeout.total_seconds():g} s or has ended. "
+                f"rank {names[self._mailbox.rank]} waits for rank {names[rank]} in {self._identity}, which did not "
+                f"come within {self._mailbox.timeout.total_seconds():g} s or has ended. "
                 "Look for a rank that ran out of data, took another path or is stuck outside of training. "
                 f"The transport said: {str(error).splitlines()[0][:200]}"
             ) from error

@@ -40,7 +40,7 @@ class OrderedMessages(Communicator):
         super().__init__(axis, torch.device("cpu"))
         assert axis.group is not None
         self._buckets = buckets
-        self._mailbox = Mailbox(axis.rank, axis.size, axis.group, axis.timeout)
+        self._mailbox = Mailbox(axis, axis.group)
 
     def _all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
         """My slice goes to everybody, everybody's slices come into place."""
@@ -134,8 +134,9 @@ class Native(Communicator):
         assert axis.group is not None and axis.control_group is not None
         self._tensors = axis.group
         self._timeout = axis.timeout
+        self._parts = axis.parts
         self._gather_by_broadcast = gather_by_broadcast
-        self._mailbox = Mailbox(axis.rank, axis.size, axis.control_group, axis.timeout)
+        self._mailbox = Mailbox(axis, axis.control_group)
 
     def _all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
         """In place where dtypes differ: the cast lands in my slice, which is then the source."""
@@ -190,8 +191,9 @@ class Native(Communicator):
         return _NativeSum(InTurn(partial(start, r) for r in spans), shard, mine, accumulate, self.factor_after_sum)
 
     def hop(self, partition: Sequence[Sequence[int]]) -> Hop:
-        """In a process group of its own."""
-        group = split(self._tensors, partition, self._timeout)
+        """In a process group of its own; the groups of this axis are all parted alike."""
+        of_world = [[part[place] for place in places] for part in self._parts for places in partition]
+        group = split(of_world, self._timeout)
         return BackendHop(self.rank, part_of(self.rank, partition), self.traffic, group)
 
     def exchange(self, identity: CollectiveId, payload: bytes) -> list[bytes]:

@@ -18,6 +18,8 @@ class Relay(Communicator):
         self._inner = inner
         self.rank = inner.rank
         self.size = inner.size
+        self.world = inner.world
+        self.replica = inner.replica
         self.device = inner.device
         self.factor_after_sum = inner.factor_after_sum
         self.traffic = inner.traffic
@@ -54,6 +56,15 @@ class Relay(Communicator):
     def broadcast(self, buffer: torch.Tensor) -> None:
         """By the transport."""
         self._inner.broadcast(buffer)
+
+    def average(self, buffer: torch.Tensor) -> None:
+        """By the transport."""
+        self._inner.average(buffer)
+
+    def multiply_sums_by(self, factor: float) -> None:
+        """The transport does."""
+        self.factor_after_sum = factor
+        self._inner.multiply_sums_by(factor)
 
     def publish(self) -> None:
         """By the transport."""

@@ -47,9 +47,9 @@ class CommsSummary:
     def __str__(self) -> str:
         if not self.totals:
             return "no collectives"
-        head = f"{'axis':<12}{'operation':<16}{'message':>16} {'count':>8}{'total':>20} {'waited':>13}{'mean':>12}"
+        head = f"{'axis':<14}{'operation':<16}{'message':>16} {'count':>8}{'total':>20} {'waited':>13}{'mean':>12}"
         rows = [
-            f"{t.axis:<12}{t.operation:<16}{t.message_bytes:>14,d} B {t.count:>8,d}{t.total_bytes:>18,d} B "
+            f"{t.axis:<14}{t.operation:<16}{t.message_bytes:>14,d} B {t.count:>8,d}{t.total_bytes:>18,d} B "
             f"{1e3 * t.waited_seconds:>10,.2f} ms{1e3 * t.waited_seconds / t.count:>9.3f} ms"
             + (f"  {t.unit}" if t.unit is not None else "")
             for t in self.totals
@@ -57,8 +57,9 @@ class CommsSummary:
         if not self.received:
             return "\n".join([head, *rows])
         received = [
-            f"{route.operation:<16}{route.wire:<12}{'other nodes' if route.across else 'same node':<12}{size:>18,d} B"
+            f"{route.axis:<14}{route.operation:<16}{route.wire:<12}"
+            f"{'other nodes' if route.across else 'same node':<12}{size:>18,d} B"
             for route, size in self.received.items()
         ]
-        columns = f"{'operation':<16}{'wire':<12}{'from':<12}{'received':>20}"
+        columns = f"{'axis':<14}{'operation':<16}{'wire':<12}{'from':<12}{'received':>20}"
         return "\n".join([head, *rows, "", columns, *received])

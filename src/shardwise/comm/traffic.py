@@ -19,6 +19,8 @@ class Route:
     """What a value travelled as: a dtype, or a quantisation format."""
     across: bool
     """From another node."""
+    axis: str = "dp_shard"
+    """Of the mesh."""
 
 
 class Traffic:
@@ -29,10 +31,16 @@ class Traffic:
     ranks of a node share it: the least that such a collective can do.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, axis: str, rank: int, size: int) -> None:
+        self._axis = axis
         self._rank = rank
         self.topology = Topology((0,) * size)
+        """Of the axis: ranks are counted along it."""
         self._bytes: dict[Route, int] = {}
+
+    def count_with(self, other: Traffic) -> None:
+        """From now on the rows of both axes stand in the other's table."""
+        self._bytes = other._bytes
 
     @property
     def by_route(self) -> dict[Route, int]:
@@ -61,7 +69,7 @@ class Traffic:
         mine = self.topology.node_of[self._rank]
         for rank, num_bytes in sizes:
             if rank != self._rank:
-                self._add(Route(operation, wire, self.topology.node_of[rank] != mine), num_bytes)
+                self._add(operation, wire, self.topology.node_of[rank] != mine, num_bytes)
 
     def by_backend(self, operation: str, wire: str, received: int) -> None:
         """Count a collective of the backend's that brought ``received`` bytes: a buffer but for this rank's share."""
@@ -69,10 +77,11 @@ class Traffic:
         near = self.topology.node_of.count(self.topology.node_of[self._rank])
         whole = received * world / (world - 1)
         across = round(whole * (nodes - 1) / nodes / near)
-        self._add(Route(operation, wire, across=True), across)
-        self._add(Route(operation, wire, across=False), received - across)
+        self._add(operation, wire, True, across)
+        self._add(operation, wire, False, received - across)
 
-    def _add(self, route: Route, num_bytes: int) -> None:
+    def _add(self, operation: str, wire: str, across: bool, num_bytes: int) -> None:
+        route = Route(operation, wire, across, self._axis)
         if num_bytes:
             self._bytes[route] = self._bytes.get(route, 0) + num_bytes
 

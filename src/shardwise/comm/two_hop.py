@@ -22,7 +22,6 @@ Wang et al., "ZeRO++: Extremely Efficient Collective Communication for Giant Mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +29,10 @@ import torch
 from shardwise.comm.base import CollectiveId, Communicator, Cuts, Pending
 from shardwise.comm.hops import Hop
 from shardwise.comm.relay import Relay
+from shardwise.comm.steps import Steps, begin
 from shardwise.comm.traffic import wire_of
 from shardwise.quantize import Quantizer
 from shardwise.store.beside import Beside
-
-Steps = Iterator[list[Pending]]
-"""A collective as a generator: it yields what must be over before it goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +45,17 @@ class TwoHopSettings:
     """qgZ: of reduced gradients."""
     keeps_secondary: bool = False
     """hpZ."""
+    gathers: bool = False
+    """Gather in two hops though nothing is quantised or kept."""
     feeds_error_back: bool = False
     """What quantisation took from a gradient is added to the next one."""
     factor: float = 1.0
     """What the sum of gradients over ranks is multiplied by."""
+
+    @property
+    def gathers_in_two_hops(self) -> bool:
+        """Whether the gathers are other than those of the transport below."""
+        return self.gathers or self.keeps_secondary or self.weights is not None
 
 
 class TwoHop(Relay):
@@ -73,9 +77,9 @@ class TwoHop(Relay):
     # -------------------------------------------------------------------------------------------------- all-gather
 
     def _all_gather(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
-        if self._settings.weights is None and not self._settings.keeps_secondary:
+        if not self._settings.gathers_in_two_hops:
             return self._inner._all_gather(identity, output, shard)
-        return self._begin(self._gather_steps(identity, output, shard))
+        return begin(self._gather_steps(identity, output, shard), self._beside)
 
     def _all_gather_exactly(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
         return self._inner._all_gather(identity, output, shard)
@@ -121,7 +125,7 @@ class TwoHop(Relay):
         quantizer = self._settings.gradients
         if quantizer is None:
             return self._inner._reduce_scatter(identity, buffer, cuts, shard, accumulate)
-        return self._begin(self._reduce_steps(identity, quantizer, buffer, shard, accumulate))
+        return begin(self._reduce_steps(identity, quantizer, buffer, shard, accumulate), self._beside)
 
     def _reduce_steps(
         self, identity: CollectiveId, quantizer: Quantizer, buffer: torch.Tensor, shard: torch.Tensor, accumulate: bool
@@ -181,36 +185,3 @@ class TwoHop(Relay):
         self._secondary.clear()
         self._leftover.clear()
         self._inner.close()
-
-    # ------------------------------------------------------------------------------------------------------- order
-
-    def _begin(self, steps: Steps) -> Pending:
-        return _ByHost(steps) if self.device.type == "cpu" else _BySecondStream(steps, self._beside)
-
-
-class _ByHost:
-    """A collective whose first messages are under way, and whose rest happens when it is waited for."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-        self._under_way = next(steps, None)
-
-    def wait(self) -> None:
-        while self._under_way is not None:
-            for pending in self._under_way:
-                pending.wait()
-            self._under_way = next(self._steps, None)
-
-
-class _BySecondStream:
-    """A collective that a GPU's second stream does from beginning to end, beside compute."""
-
-    def __init__(self, steps: Steps, beside: Beside) -> None:
-        with beside.run():
-            for under_way in steps:
-                for pending in under_way:
-                    pending.wait()  # keeps the second stream, not the host
-            self._join = beside.moment()
-
-    def wait(self) -> None:
-        self._join()

@@ -13,6 +13,7 @@ def broken_rules(config: EngineConfig) -> Iterator[Fault]:
     yield from _room_for_the_loss_scale(config)
     yield from _one_division(config)
     yield from _travel(config)
+    yield from _replicas(config)
 
 
 def _one_compute_dtype(config: EngineConfig) -> Iterator[Fault]:
@@ -54,12 +55,7 @@ def _one_division(config: EngineConfig) -> Iterator[Fault]:
 
 def _travel(config: EngineConfig) -> Iterator[Fault]:
     zero, own = config.zero_optimization, config.shardwise
-    asked = {
-        "zero_hpz_partition_size": zero.zero_hpz_partition_size > 1,
-        "zero_quantized_weights": zero.zero_quantized_weights,
-        "zero_quantized_gradients": zero.zero_quantized_gradients,
-    }
-    for name in (name for name, wanted in asked.items() if wanted):
+    for name in (name for name, wanted in _zeropp(config).items() if wanted):
         path = ("zero_optimization", name)
         if zero.stage != 3:
             yield Fault(path, f"found at stage {zero.stage}; ZeRO++ works on sharded parameters. Set stage to 3.")
@@ -91,6 +87,42 @@ def _travel(config: EngineConfig) -> Iterator[Fault]:
             "found true with fp16: what was left of one step would be added under the next one's loss scale. Use bf16, "
             "or drop it.",
         )
+
+
+def _replicas(config: EngineConfig) -> Iterator[Fault]:
+    zero = config.zero_optimization
+    path = ("zero_optimization", "mics_shard_size")
+    if zero.mics_shard_size <= 0:
+        return
+    if zero.stage != 3:
+        yield Fault(
+            path,
+            f"found {zero.mics_shard_size} at stage {zero.stage}; it shards all states, parameters among them. Set "
+            "stage to 3, or drop it.",
+        )
+    if zero.mics_hierarchical_params_gather and config.shardwise.transport == "shared_memory":
+        yield Fault(
+            ("zero_optimization", "mics_hierarchical_params_gather"),
+            'found true, and shardwise.transport is "shared_memory", where nothing travels. Set the transport to '
+            '"process_group" or "auto".',
+        )
+    for name, wanted in _zeropp(config).items():
+        if wanted:
+            yield Fault(
+                path,
+                f"found {zero.mics_shard_size}, and {name} is set, which sends less between nodes where all ranks "
+                "share the states. Drop one of the two.",
+            )
+
+
+def _zeropp(config: EngineConfig) -> dict[str, bool]:
+    """ZeRO++'s keys, and whether they ask for something."""
+    zero = config.zero_optimization
+    return {
+        "zero_hpz_partition_size": zero.zero_hpz_partition_size > 1,
+        "zero_quantized_weights": zero.zero_quantized_weights,
+        "zero_quantized_gradients": zero.zero_quantized_gradients,
+    }
 
 
 def faults_of_offload(config: EngineConfig) -> Iterator[Fault]:

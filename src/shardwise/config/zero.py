@@ -16,10 +16,6 @@ _UNIT_SIZE = "a larger unit takes larger whole-parameter and gradient buffers, a
 _Device = Literal["none", "cpu", "nvme"]
 
 
-def _not_positive(value: Any) -> bool:
-    return isinstance(value, int) and value <= 0
-
-
 def _no_cap(value: Any) -> bool:
     return isinstance(value, int) and value >= sys.maxsize
 
@@ -277,9 +273,22 @@ class ZeroConfig(Block):
         Unsupported("it is LoCo's error feedback; set shardwise.error_feedback to true for ours", neutral=switched_off),
     ] = None
     mics_shard_size: Annotated[
-        SignedCount, Unsupported("states are sharded over all ranks", neutral=_not_positive)
+        SignedCount,
+        Acts(
+            "MiCS (hybrid sharding), at stage 3: states are sharded over groups of so many ranks, neighbours by rank, "
+            "and every group holds all of them; 0 and below: over all ranks",
+            cost="16 P/size bytes at rest instead of 16 P/W; gathers and reductions stay inside the group, and each "
+            "reduction adds 8 P/size (R - 1)/R bytes from the R = W/size ranks that hold the same shard",
+        ),
     ] = -1
-    mics_hierarchical_params_gather: Annotated[bool, NoEffect("read only with mics_shard_size", warns=False)] = False
+    mics_hierarchical_params_gather: Annotated[
+        bool,
+        Acts(
+            "with mics_shard_size: parameters are gathered across nodes first and then inside each; a group inside one "
+            "node gathers as without it",
+            cost="true: each shard enters a node once instead of once for each of its ranks",
+        ),
+    ] = False
 
     stage3_model_persistence_threshold: Annotated[
         Count | None,

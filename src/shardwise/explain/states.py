@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from shardwise.config.schema import EngineConfig
 from shardwise.errors import ConfigError
 from shardwise.layout import Slot, even_layout
+from shardwise.topology import divisors
 from shardwise.zero.sharding import STAGES, StateBytes, state_bytes
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -67,7 +68,9 @@ def states_per_rank(config: EngineConfig | None, num_parameters: int, num_ranks:
     compute_itemsize = 4 if config.compute_dtype == "fp32" else 2
     stages = tuple(
         StageStates(stage, found, in_force=stage == config.zero_optimization.stage)
-        for stage, found in _at_every_stage(num_parameters, num_ranks, compute_itemsize, num_tensors)
+        for stage, found in _at_every_stage(
+            num_parameters, num_ranks, _group_size(config, num_ranks), compute_itemsize, num_tensors
+        )
     )
     return States(
         num_parameters,
@@ -101,12 +104,26 @@ def _off_the_device(config: EngineConfig) -> Iterator[str]:
         yield f"parameters in {where[zero.offload_param.device]}"
 
 
+def _group_size(config: EngineConfig, num_ranks: int) -> int:
+    """Ranks that stage 3 shards over."""
+    size = config.zero_optimization.mics_shard_size
+    if size <= 0:
+        return num_ranks
+    if num_ranks % size:
+        raise ConfigError(
+            f"zero_optimization.mics_shard_size: found {size}, which does not divide {num_ranks} ranks. Expected "
+            f"{' or '.join(map(str, divisors(num_ranks)))}."
+        )
+    return size
+
+
 def _at_every_stage(
-    num_parameters: int, num_ranks: int, compute_itemsize: int, num_tensors: int
+    num_parameters: int, num_ranks: int, group_size: int, compute_itemsize: int, num_tensors: int
 ) -> Iterator[tuple[int, StateBytes]]:
-    layout = even_layout([Slot("model", (num_parameters,), 0)], num_ranks)
     for stage, row in enumerate(STAGES):
-        sharding = row if num_ranks > 1 else STAGES[0]  # one rank alone shards nothing
+        size = group_size if row.parameter else num_ranks
+        layout = even_layout([Slot("model", (num_parameters,), 0)], size)
+        sharding = row if size > 1 else STAGES[0]  # one rank alone shards nothing
         stepped = layout.shard(0) if sharding.optimizer else layout.whole
         yield (
             stage,

@@ -44,6 +44,11 @@ class Beside:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a second stream."""
+        return self._stream is not None
+
     @contextmanager
     def run(self) -> Iterator[None]:
         """What is given to the device inside runs on the second stream."""

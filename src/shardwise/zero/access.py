@@ -68,6 +68,18 @@ def _from_rank_0(own: Held, value: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return value
 
 
+def _of_first_replica(own: Held, value: torch.Tensor) -> torch.Tensor:
+    """[part] what the rank of the first replica gave that holds the same part as this one. Collective."""
+    if own.comm.world.size == own.comm.size:
+        return value
+    value = value.detach().to(own.comm.device, torch.float32, copy=True).contiguous()
+    for rank in range(own.comm.size):
+        part = own.part_of(rank)
+        given = value if rank == own.comm.rank else torch.empty(part.numel, device=own.comm.device)
+        own.ranks.share(given, rank)  # a shard's place in the first replica is its rank in the world
+    return value
+
+
 @contextmanager
 def _nobody_reads(own: Held) -> Iterator[None]:
     """Between two meetings of all ranks, so that no rank reads memory of another that changes."""
@@ -114,17 +126,20 @@ def safe_set_full_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
 def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
     """[part] Replace this rank's part of the value, at stage 3. Every rank calls it, each with its part.
 
+    Where several ranks hold one part the first one's counts.
+
     Raises:
         ConfigError: the parameter is whole on every rank; ``safe_set_full_fp32_param`` keeps these alike.
     """
     own = _meet(param, "safe_set_local_fp32_param")
     part = own.part_of(own.comm.rank)
-    if not own.segment.sharding.parameter and own.comm.size > 1:
+    if not own.segment.sharding.parameter and own.comm.world.size > 1:
         raise ConfigError(
             f"safe_set_local_fp32_param() of {own.name!r}: it is whole on every rank, which would differ then. Use "
             "safe_set_full_fp32_param()."
         )
     _check_shape(value, (part.numel,), own, "safe_set_local_fp32_param")
+    value = _of_first_replica(own, value)
     with _nobody_reads(own):
         own.resting(part).save(value)
         if own.comm.size == 1:
@@ -183,18 +198,22 @@ def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
 
 
 def _mean_of_unreduced(own: Held, so_far: SoFar) -> torch.Tensor:
-    """In rank order, as the ordered reduction does it."""
+    """In rank order, group by group, as the ordered reduction does it."""
     mine = so_far.unreduced.get(own.index)
     addends = []
-    for rank in range(own.comm.size):
+    for rank in range(own.comm.world.size):
         addend = torch.zeros(own.slot.shape, dtype=torch.float32, device=own.comm.device)
-        if rank == own.comm.rank and mine is not None:
+        if rank == own.comm.world.rank and mine is not None:
             addend.copy_(mine)
         own.ranks.share(addend, rank)
         addends.append(addend)
-    mean = torch.empty_like(addends[0])
-    mean_into(mean, addends, accumulate=False)
-    return mean
+    sums = []
+    for first in range(0, len(addends), own.comm.size):
+        sums.append(torch.empty_like(addends[0]))
+        mean_into(sums[-1], addends[first : first + own.comm.size], accumulate=False, factor=1.0)
+    total = torch.empty_like(addends[0])
+    mean_into(total, sums, accumulate=False, factor=1.0)
+    return total.mul_(1.0 / len(addends))
 
 
 @torch.no_grad()
@@ -227,10 +246,14 @@ def safe_set_full_grad(param: torch.Tensor, value: torch.Tensor) -> None:
 
 @torch.no_grad()
 def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
-    """[part] Replace this rank's part of the gradient that the next step uses. Collective, each with its part."""
+    """[part] Replace this rank's part of the gradient that the next step uses. Collective, each with its part.
+
+    Where several ranks hold one part the first one's counts.
+    """
     own = _meet(param, "safe_set_local_grad")
     part = own.part_of(own.comm.rank)
     _check_shape(value, (part.numel,), own, "safe_set_local_grad")
+    value = _of_first_replica(own, value)
     _set_grad(own, value.reshape(own.slot.shape) if own.comm.size == 1 else None, value)
 
 
@@ -325,18 +348,21 @@ def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, opti
 def safe_set_local_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
     """[part] Replace this rank's part of such a state, where it is sharded. Every rank calls it, each with its part.
 
+    Where several ranks hold one part the first one's counts.
+
     Raises:
         ConfigError: every rank keeps the whole state; ``safe_set_full_optimizer_state`` keeps these alike.
         StateError: there is no such state, or none yet.
     """
     own = _meet(param, "safe_set_local_optimizer_state")
-    if not own.segment.sharding.optimizer and own.comm.size > 1:
+    if not own.segment.sharding.optimizer and own.comm.world.size > 1:
         raise ConfigError(
             f"safe_set_local_optimizer_state() of {own.name!r}: every rank keeps all of it: they would differ then. "
             "Use safe_set_full_optimizer_state()."
         )
     mine = own.part_of(own.comm.rank)
     _check_shape(value, (mine.numel,), own, "safe_set_local_optimizer_state")
+    value = _of_first_replica(own, value)
     parts = _states(own, optim_state_key, [own.comm.rank])
     _set_state(own, optim_state_key, parts, lambda span: value[span.begin - mine.begin : span.end - mine.begin])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -14,7 +14,7 @@ import torch
 from shardwise.comm.base import CollectiveId, Communicator, different_paths
 from shardwise.zero.unit import Unit
 
-_HEAD = struct.Struct("<8s8sd?q")
+_HEAD = struct.Struct("<8s8s8sd?q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,8 @@ class Agreement:
     """What all ranks know after they told each other."""
 
     sum_of_squares: float
-    """Of the averaged gradient, over all ranks' shards; summed in rank order, so the same bits everywhere."""
+    """Of the averaged gradient, over the shards of the first replica; summed in rank order, so the same bits
+    everywhere."""
     unreduced: tuple[int, ...]
     """Positions of the units of which some rank holds a gradient that was not averaged."""
     any_unused: bool
@@ -46,22 +47,25 @@ def agree(
         step: for messages.
 
     Raises:
-        CollectiveError: the ranks' collectives since the last agreement differ: names the first difference.
+        CollectiveError: the ranks' collectives since the last agreement differ: names the first difference. Inside a
+            group that shares shards all are compared in one order, between groups each operation's in its own.
     """
     unreduced = bytes(unit.has_unreduced for unit in units)
     unused = not all(unit.all_used for unit in units)
-    head = _HEAD.pack(_digest(comm.log), _digest(observed_order), _sum_of_squares(units), unused, num_passes)
+    paths = _digest(comm.log), _digest(_by_operation(comm.log))
+    head = _HEAD.pack(*paths, _digest(observed_order), _sum_of_squares(units), unused, num_passes)
     heads, masks = [], []
     for payload in comm.exchange(CollectiveId("agreement", "", step), head + unreduced):
         heads.append(_HEAD.unpack_from(payload))
         masks.append(payload[_HEAD.size :])
-    if len({digest for digest, *_ in heads}) > 1:
+    groups = [heads[first : first + comm.size] for first in range(0, len(heads), comm.size)]
+    if any(len({in_order for in_order, *_ in group}) > 1 for group in groups) or len({ops for _, ops, *_ in heads}) > 1:
         _raise_first_difference(comm, step)
     comm.log.clear()
-    orders = {order for _, order, *_ in heads}
+    orders = {order for _, _, order, *_ in heads}
     counts = {count for *_, count in heads}
     return Agreement(
-        sum_of_squares=math.fsum(squares for _, _, squares, *_ in heads),
+        sum_of_squares=math.fsum(squares for _, _, _, squares, *_ in groups[0]),
         unreduced=tuple(i for i in range(len(units)) if any(mask[i] for mask in masks)),
         any_unused=any(flag for *_, flag, _ in heads),
         same_order=len(orders) == 1 and len(observed_order) > 0,
@@ -92,12 +96,26 @@ def _sum_of_squares(units: Sequence[Unit]) -> float:
     return sum_of_squares(torch.cat(norms).tolist()) if norms else 0.0
 
 
+def _by_operation(log: Sequence[str]) -> list[str]:
+    """The order that replicas must share: they meet in reductions, wherever between these each has its gathers."""
+    return sorted(log, key=lambda entry: entry.partition(" of unit ")[0])
+
+
 def _raise_first_difference(comm: Communicator, step: int) -> None:
     logs = [
         text.decode().split("\n")
         for text in comm.exchange(CollectiveId("comparison of paths", "", step), "\n".join(comm.log).encode())
     ]
-    for entries in zip_longest(*logs, fillvalue="no collective"):
-        for rank, entry in enumerate(entries):
-            if entry != entries[0]:
-                raise different_paths(0, entries[0], rank, entry)
+    firsts = range(0, len(logs), comm.size)
+    for first in firsts:
+        _compare({rank: logs[rank] for rank in range(first, first + comm.size)})
+    _compare({first: _by_operation(logs[first]) for first in firsts})
+
+
+def _compare(logs: Mapping[int, Sequence[str]]) -> None:
+    """Raise CollectiveError for the first entry that differs between ranks."""
+    first, *others = logs
+    for mine, *theirs in zip_longest(*logs.values(), fillvalue="no collective"):
+        for rank, entry in zip(others, theirs, strict=True):
+            if entry != mine:
+                raise different_paths(first, mine, rank, entry)

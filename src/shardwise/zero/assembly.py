@@ -204,8 +204,8 @@ def check_same_model(
             there = theirs[i] if i < len(theirs) else "nothing"
             if here != there:
                 raise ConfigError(
-                    f"ranks have different models or settings: rank {comm.rank} has {here}, rank {rank} has {there}. "
-                    "Build the same model with the same configuration on every rank."
+                    f"ranks have different models or settings: rank {comm.world.rank} has {here}, rank {rank} has "
+                    f"{there}. Build the same model with the same configuration on every rank."
                 )
 
 

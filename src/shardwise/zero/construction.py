@@ -645,7 +645,7 @@ class Init(AbstractContextManager["Init"]):
         global _current
         init_distributed()
         mesh = build_mesh(None, DEFAULT_TIMEOUT)
-        if mesh.dp_shard.size == 1:
+        if mesh.world.size == 1:
             return None
         construction = Construction(
             Ranks(mesh), self._max_whole_bytes, self._small_bytes, self._piece_device, self._pin_memory

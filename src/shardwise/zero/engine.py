@@ -124,7 +124,7 @@ class Engine(nn.Module):
         self._grad_norm: float | None = 0.0
         self._step_was_applied = False
         self._closed = False
-        self._tells_steps = dist.is_initialized() and dist.get_world_size() == comm.size > 1
+        self._tells_steps = dist.is_initialized() and dist.get_world_size() == comm.world.size > 1
         self._has_told_step = False
         """Whether the others can know that this rank has begun the step, and comes to no roll call before it."""
         self._background = Background()
@@ -171,7 +171,7 @@ class Engine(nn.Module):
             )
         groups = optimizer_groups(self.module, optimizer)
         self._optimizer = optimizer
-        if is_local(self._segments, self._comm.size, self._offloading.wanted):
+        if is_local(self._segments, self._comm.world.size, self._offloading.wanted):
             names = {self._name_of(parameter): parameter for parameter in self.module.parameters()}
             self._step = LocalStep(optimizer, names, self._scaler)
         else:
@@ -187,7 +187,7 @@ class Engine(nn.Module):
                     "the engine was built without an optimizer, and states that are offloaded get their places then. "
                     "Pass the optimizer to initialize(), or prepare model and optimizer in one call."
                 )
-            traits = measure_optimizer(optimizer, self._segments, self._comm.size, self._offloading.wanted)
+            traits = measure_optimizer(optimizer, self._segments, self._comm.world.size, self._offloading.wanted)
             if not traits.elementwise:
                 raise ConfigError(
                     f"{type(optimizer).__name__} needs whole matrices, but the engine's buffers are cut anywhere "
@@ -276,7 +276,7 @@ class Engine(nn.Module):
 
     def _average_loose_gradients(self) -> None:
         """Of an engine without optimizer; parameters that are sharded nobody can step by hand."""
-        if self._comm.size > 1 and not any(unit.is_sharded for unit in self._units):
+        if self._comm.world.size > 1 and not any(unit.is_sharded for unit in self._units):
             average_loose_gradients(self._comm, list(self.module.parameters()), self.global_steps)
 
     @property
@@ -462,7 +462,7 @@ class Engine(nn.Module):
 
     def log_summary(self) -> None:
         """Log ``comms_summary`` of rank 0."""
-        if self._comm.rank == 0:
+        if self._comm.world.rank == 0:
             logger.info("collectives of rank 0:\n%s", self.comms_summary())
 
     # -------------------------------------------------------------------------------------------- whole parameters

@@ -61,7 +61,7 @@ class GatheredParameters(AbstractContextManager[None]):
         self._modifier_rank = modifier_rank
         self._enabled = enabled and bool(given)
         if modifier_rank is not None and enabled:
-            size = build_mesh("cpu").dp_shard.size
+            size = build_mesh("cpu").world.size
             if not 0 <= modifier_rank < size:
                 raise ConfigError(
                     f"GatheredParameters(modifier_rank={modifier_rank}): expected a rank from 0 to {size - 1}, or None."

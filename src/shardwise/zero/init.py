@@ -20,7 +20,7 @@ from shardwise.config.load import load_silently, open_source, warn
 from shardwise.config.messages import dotted
 from shardwise.config.rules import faults_of_offload
 from shardwise.errors import ConfigError
-from shardwise.mesh import DEFAULT_TIMEOUT, build_mesh, init_distributed
+from shardwise.mesh import DEFAULT_TIMEOUT, init_distributed
 from shardwise.monitor.printing import make_audible, set_log_level
 from shardwise.monitor.writers import check_packages
 from shardwise.optim.json_optimizers import build_optimizer
@@ -42,7 +42,7 @@ from shardwise.zero.assembly import (
     plan_layouts,
     plan_places,
 )
-from shardwise.zero.connection import connect
+from shardwise.zero.connection import build_training_mesh, connect
 from shardwise.zero.construction import refuse_inside
 from shardwise.zero.dump import describe_state
 from shardwise.zero.engine import Engine
@@ -113,10 +113,10 @@ def initialize(
     check_packages(settings)
     init_distributed(timeout=timeout, device=device)
     _close_at_exit()
-    mesh = build_mesh(device, timeout)
-    if mesh.dp_shard.rank == 0:
+    mesh = build_training_mesh(settings, device, timeout)
+    if mesh.world.rank == 0:
         warn(warning)
-    batch_sizes = settings.resolve_batch(mesh.dp_shard.size)
+    batch_sizes = settings.resolve_batch(mesh.world.size)
 
     refuse_inside("initialize()")
     check_have_values(model.named_parameters())
@@ -128,7 +128,7 @@ def initialize(
     offload = choose_offload(zero.offload_param.device, zero.offload_optimizer.device, mesh.device.type)
     planned = plan_blueprints(model, groups, precision, settings, mesh, offload)
     buffers = [blueprint for _, blueprints in planned for blueprint in blueprints]
-    traits = measure_optimizer(built, buffers, mesh.dp_shard.size, offload)
+    traits = measure_optimizer(built, buffers, mesh.world.size, offload)
 
     comm = connect(mesh, settings, offload)
     offloading = Offloading(comm, settings, offload, None if built is None else traits)
@@ -143,7 +143,7 @@ def initialize(
     loader = None
     if training_data is not None:
         loader = _build_loader(
-            training_data, batch_sizes.train_micro_batch_size_per_gpu, mesh.dp_shard.rank, mesh.dp_shard.size,
+            training_data, batch_sizes.train_micro_batch_size_per_gpu, mesh.world.rank, mesh.world.size,
             collate_fn, settings.dataloader_drop_last,
         )  # fmt: skip
     _open_engines.add(engine)
@@ -177,12 +177,12 @@ def _assemble(
     _move_buffers(model, comm.device, precision.compute)
     zero = settings.zero_optimization
     budgets = Budgets(zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
-    build = engine_class(settings, comm.rank)
+    build = engine_class(settings, comm.world.rank)
     engine = build(
         model, units, comm, offloading, batch_sizes, precision, choose_loss_scaler(settings), budgets, settings
     )
     returned = None if optimizer is None else engine.attach_optimizer(optimizer, traits)
-    if comm.rank == 0:
+    if comm.world.rank == 0:
         _start_telling(engine, units, settings)
     return engine, returned
 

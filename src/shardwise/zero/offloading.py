@@ -144,7 +144,7 @@ class Offloading:
         def join() -> None:
             for path in paths:
                 if path is not None and path not in self._directories:
-                    self._directories[path] = RunDirectory(path, run_id, self._comm.rank)
+                    self._directories[path] = RunDirectory(path, run_id, self._comm.world.rank)
 
         self._on_every_rank("the directories of offloaded states", join)
 
@@ -270,7 +270,7 @@ class Offloading:
         for rank, answer in enumerate(answers):
             if answer:
                 self.close()
-                origin = f"rank {rank}: " if self._comm.size > 1 else ""
+                origin = f"rank {rank}: " if self._comm.world.size > 1 else ""
                 raise ConfigError(origin + answer.decode()) from failure
 
     # -------------------------------------------------------------------------------------------------- while open

@@ -42,9 +42,9 @@ class Ranks:
     """Those who hold the slices: cuts bytes, deals them out, brings them together."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.rank = mesh.dp_shard.rank
-        self.size = mesh.dp_shard.size
-        self._group = mesh.dp_shard.group
+        self.rank = mesh.world.rank
+        self.size = mesh.world.size
+        self._group = mesh.world.group
         self._device = mesh.device
 
     def spans(self, nbytes: int) -> list[Span]:
