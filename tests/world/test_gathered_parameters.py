@@ -14,8 +14,8 @@ from shardwise.errors import ConfigError
 from shardwise.zero import GatheredParameters
 from shardwise.zero.guard import is_guard
 from tests import pieces as built
-from tests.references import adamw_in_two_groups
-from tests.world.engine_runs import STAGES, config_of, open_engine, rank, world_size
+from tests.references import MLP, adamw_in_two_groups, assert_same
+from tests.world.engine_runs import STAGES, config_of, open_engine, rank, run_steps, train_with_engine, world_size
 from tests.worlds import World
 
 NARROW = {"bf16": {"enabled": True}}
@@ -176,3 +176,20 @@ def test_ranks_that_disagree_are_named(own_world: Callable[..., World], how: str
 def test_only_parameters_are_gathered() -> None:
     with pytest.raises(ConfigError, match="got a str"):
         GatheredParameters(["weight"])  # type: ignore[list-item]
+
+
+def lends_memory_to_numpy() -> None:
+    """An array that was made of a whole parameter keeps its values, and training goes on as without it."""
+    plain = train_with_engine(MLP, config_of(3))
+    model = MLP.model()
+    with open_engine(model, MLP.optimizer(model), config_of(3)) as engine:
+        with engine.gathered_parameters():
+            arrays = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+            values = {name: array.copy() for name, array in arrays.items()}
+        record = run_steps(MLP, engine)
+        assert all((array == values[name]).all() for name, array in arrays.items())
+    assert_same(record, plain, "arrays were made against none")
+
+
+def test_numpy_may_keep_what_it_was_shown(world2: World) -> None:
+    world2.run(lends_memory_to_numpy)

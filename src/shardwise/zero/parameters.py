@@ -361,6 +361,7 @@ class WholeBuffer:
         self, values: torch.Tensor, layout: Layout, parameters: Sequence[nn.Parameter], dtype: torch.dtype
     ) -> None:
         self.tensor = values if values.dtype == dtype else torch.empty(layout.numel, dtype=dtype, device=values.device)
+        self._layout = layout
         self._parameters = list(parameters)
         self._views = slot_views(self.tensor, layout)
         self._guards = [guard_like(view) for view in self._views]
@@ -379,7 +380,15 @@ class WholeBuffer:
         """The module's parameters show NaN, and the memory goes."""
         for parameter, stand_in in zip(self._parameters, self._guards, strict=True):
             parameter.data = stand_in
+        if not self.tensor.untyped_storage().resizable():
+            self._leave_memory()
         self.tensor.untyped_storage().resize_(0)
+
+    def _leave_memory(self) -> None:
+        """A NumPy array shares the memory, which torch then never frees: it stays the array's, as it is."""
+        shape, strides = self.tensor.size(), self.tensor.stride()
+        self.tensor.set_(torch.empty_like(self.tensor).untyped_storage(), 0, shape, strides)
+        self._views = slot_views(self.tensor, self._layout)
 
 
 def load_owned(layout: Layout, slot: int, value: torch.Tensor, span: Span, target: Rest) -> None:
