@@ -245,5 +245,5 @@ def test_what_hpz_keeps_is_said(home: Path, command: Command) -> None:
     hpz = '"zero_optimization": {"zero_hpz_partition_size": 2, "zero_quantized_weights": true,'
     (home / "hpz.json").write_text(JSON.replace('"zero_optimization": {', hpz))
     code, out, _ = command("hpz.json", "-n", "4", "--parameters", "8B", "--json")
-    assert code == 0 and json.loads(out)["states"]["secondary_bytes"] == 8_000_000_000 / 2 * (1 + 4 / 256)
+    assert code == 0 and json.loads(out)["model_states"]["secondary_bytes"] == 8_000_000_000 / 2 * (1 + 4 / 256)
     assert "zero_hpz_partition_size keeps" in command("hpz.json", "-n", "4", "--parameters", "8B")[1]
