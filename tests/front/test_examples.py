@@ -323,6 +323,7 @@ def _without_auto(block: dict[str, Any]) -> dict[str, Any]:
 # --- sentences and images ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_labels_are_right_and_no_function_is_on_both_sides(modules: Any) -> None:
     pairs = modules("docstring_pairs")
     training, held_out = pairs.docstring_pairs(seed=3)
@@ -339,6 +340,7 @@ NLP = ("--max_train_samples", "256", "--max_eval_samples", "101", "--max_train_s
 
 
 @pytest.mark.world
+@pytest.mark.slow
 def test_sentence_pairs_train_alike_without_zero_and_at_stage_3(place: Place) -> None:
     script = (str(EXAMPLES / "nlp_example.py"), *NLP, "--mixed_precision", "no")
     plain = place.launch("nlp_plain", "--num_processes", "2", *script)
@@ -360,6 +362,7 @@ def test_sentence_pairs_train_in_fp16_at_every_stage(place: Place, stage: int) -
 
 
 @pytest.mark.world
+@pytest.mark.slow
 def test_images_train_alike_without_zero_and_at_stage_2(place: Place) -> None:
     script = (str(EXAMPLES / "cv_example.py"), "--max_train_steps", "8", "--max_train_samples", "512")
     plain = place.launch("cv_short", "--num_processes", "2", *script)

@@ -53,7 +53,7 @@ def request(
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("backend", ["static", "c10d"])
+@pytest.mark.parametrize("backend", ["static", pytest.param("c10d", marks=pytest.mark.slow)])
 def test_ranks_of_two_machines_are_one_world(tmp_path: Path, backend: str) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -48,7 +48,7 @@ def run(home: Path, *words: str, **extra: str) -> tuple[int, dict[str, str], str
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(("--zero_stage", "0"), id="stage 0"),
+        pytest.param(("--zero_stage", "0"), id="stage 0", marks=pytest.mark.slow),
         pytest.param(
             ("--zero_stage", "3", "--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"), id="stage 3"
         ),

@@ -301,7 +301,7 @@ def goes_apart(check: bool) -> None:
     train_with_engine(recipe, mics(2, shardwise={"check_collectives": check, "unit_classes": ["Block"]}))
 
 
-@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("check", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_replica_on_another_path_is_an_error(world4: World, check: bool) -> None:
     failures = world4.run_expecting_errors(goes_apart, check)
     for failure in failures:
@@ -332,7 +332,7 @@ def offloaded_agrees_with_device(size: int, path: str) -> None:
                 assert_near(record, here, f"states on {device}", rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_offload(world4: World, size: int, tmp_path: Path) -> None:
     world4.run(offloaded_agrees_with_device, size, str(tmp_path))
 

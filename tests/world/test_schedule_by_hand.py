@@ -41,7 +41,7 @@ class Home:
     def forget_fetched(self) -> None:
         pass
 
-    def unshard(self, identity: Any) -> None:
+    def unshard(self, identity: Any, exact: bool) -> None:
         self._log.append(f"gather {self._name}")
 
     def wait_unsharded(self) -> None:

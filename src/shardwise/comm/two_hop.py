@@ -82,6 +82,8 @@ class TwoHop(Relay):
         return begin(self._gather_steps(identity, output, shard), self._beside)
 
     def _all_gather_exactly(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Pending:
+        if self._settings.weights is None:
+            return self._all_gather(identity, output, shard)
         return self._inner._all_gather(identity, output, shard)
 
     def _gather_steps(self, identity: CollectiveId, output: torch.Tensor, shard: torch.Tensor) -> Steps:
