@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardwise.comm.traffic import Route
+from shardwise.comm.traffic import Route, by_operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,7 @@ class CommsSummary:
     @property
     def received_bytes(self) -> dict[str, int]:
         """The same, by operation."""
-        total: dict[str, int] = {}
-        for route, size in self.received.items():
-            total[route.operation] = total.get(route.operation, 0) + size
-        return total
+        return by_operation(self.received)
 
     def __str__(self) -> str:
         if not self.totals:

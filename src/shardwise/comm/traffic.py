@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +50,7 @@ class Traffic:
     @property
     def received_bytes(self) -> dict[str, int]:
         """By operation."""
-        total: dict[str, int] = {}
-        for route, num_bytes in self._bytes.items():
-            total[route.operation] = total.get(route.operation, 0) + num_bytes
-        return total
+        return by_operation(self._bytes)
 
     @property
     def across_bytes(self) -> int:
@@ -84,6 +81,14 @@ class Traffic:
         route = Route(operation, wire, across, self._axis)
         if num_bytes:
             self._bytes[route] = self._bytes.get(route, 0) + num_bytes
+
+
+def by_operation(received: Mapping[Route, int]) -> dict[str, int]:
+    """Rows of the table added up."""
+    total: dict[str, int] = {}
+    for route, num_bytes in received.items():
+        total[route.operation] = total.get(route.operation, 0) + num_bytes
+    return total
 
 
 def wire_of(dtype: torch.dtype) -> str:

@@ -159,10 +159,10 @@ class TwoHop(Relay):
             quantizer.encode(values, codes)
             return codes
         leftover = self._leftover.get(place)
-        if leftover is not None:
-            values.add_(leftover)
+        if leftover is None:
+            leftover = self._leftover[place] = torch.zeros_like(values)
+        values.add_(leftover)
         quantizer.encode(values, codes)
-        leftover = self._leftover.setdefault(place, torch.empty_like(values))
         quantizer.decode(codes, leftover)
         torch.sub(values, leftover, out=leftover)
         # A step that overflowed is skipped, and nothing of it may come back.

@@ -20,17 +20,15 @@ class Form(Protocol):
 
     dtype: torch.dtype
     """Of the array that rests."""
-    value_dtype: torch.dtype
-    """In which the elements that it stands for lose nothing."""
 
     def numel(self, num_values: int) -> int:
         """Length of the array that stands for so many values of a shard."""
 
-    def put(self, values: torch.Tensor, resting: torch.Tensor) -> None:
-        """Make ``resting`` [numel(n)] stand for ``values`` [n], of any floating dtype."""
+    def encoded(self, values: torch.Tensor) -> torch.Tensor:
+        """[numel(n)] what rests of ``values`` [n], but for its dtype; may be ``values`` itself."""
 
-    def get(self, resting: torch.Tensor, values: torch.Tensor) -> None:
-        """Fill ``values`` [n] with what ``resting`` [numel(n)] stands for."""
+    def near(self, comm: Communicator, resting: torch.Tensor) -> torch.Tensor:
+        """``resting``, which a store lends in host memory, where ``gather`` takes it."""
 
     def gather(
         self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor, exact: bool
@@ -45,19 +43,19 @@ class Values:
     """As they are, in ``dtype``."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = self.value_dtype = dtype
+        self.dtype = dtype
 
     def numel(self, num_values: int) -> int:
         """As many."""
         return num_values
 
-    def put(self, values: torch.Tensor, resting: torch.Tensor) -> None:
-        """A copy."""
-        resting.copy_(values)
+    def encoded(self, values: torch.Tensor) -> torch.Tensor:
+        """As they are."""
+        return values
 
-    def get(self, resting: torch.Tensor, values: torch.Tensor) -> None:
-        """A copy."""
-        values.copy_(resting)
+    def near(self, comm: Communicator, resting: torch.Tensor) -> torch.Tensor:
+        """On the device, but where the whole is a copy that brings it there."""
+        return resting if comm.size == 1 else resting.to(comm.device, non_blocking=True)
 
     def gather(
         self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor, exact: bool
@@ -80,6 +78,7 @@ class Codes:
 
     dtype = torch.uint8
     value_dtype = torch.float32
+    """In which the values that codes stand for lose nothing."""
 
     def __init__(self, format: str, block: int, device: torch.device) -> None:
         self._on_the_cpu = build_quantizer(format, block)
@@ -92,20 +91,26 @@ class Codes:
         """Bytes of codes and scales."""
         return self._on_the_cpu.wire_bytes(num_values)
 
-    def put(self, values: torch.Tensor, resting: torch.Tensor) -> None:
+    def encoded(self, values: torch.Tensor) -> torch.Tensor:
         """Rounds."""
-        self._quantizer(values).encode(values[None], resting[None])
+        codes = torch.empty(self.numel(values.numel()), dtype=self.dtype, device=values.device)
+        self._quantizer(values).encode(values[None], codes[None])
+        return codes
 
-    def get(self, resting: torch.Tensor, values: torch.Tensor) -> None:
-        """Exact in fp32."""
-        self._quantizer(values).decode(resting[None], values[None])
+    def decode(self, codes: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill ``values`` [n] with what ``codes`` [numel(n)] stand for; exact in fp32."""
+        self._quantizer(values).decode(codes[None], values[None])
+
+    def near(self, comm: Communicator, resting: torch.Tensor) -> torch.Tensor:
+        """Codes are decoded on the device."""
+        return resting.to(comm.device, non_blocking=True)
 
     def gather(
         self, comm: Communicator, identity: CollectiveId, whole: torch.Tensor, resting: torch.Tensor, exact: bool
     ) -> Pending:
         """Codes travel, and become values when all are here."""
         if comm.size == 1:
-            self.get(resting, whole)
+            self.decode(resting, whole)
             return Done()
         rows = comm.borrow(comm.size * resting.numel(), self.dtype)
         return _Decoding(self._on_the_device, comm, comm.all_gather(identity, rows, resting, exact), rows, whole)

@@ -123,7 +123,7 @@ class OffloadedParameters:
         wide_dtype = master_dtype(dtype) if trained else dtype if codes is None else codes.value_dtype
         values = initial_values(layout, parameters, wide_dtype, comm)
         owned = values[span.begin : span.end]
-        self._put(owned)
+        self._write(self._resting_span, self._form.encoded(owned))
         self._apart: torch.Tensor | None = None
         """Masters in memory."""
         if states is not None and states.plan.holds(MASTER):
@@ -161,15 +161,6 @@ class OffloadedParameters:
         self.master = guard(owned.shape, owned.dtype, torch.device("cpu"))
 
     # ---------------------------------------------------------------------------------------------------- store
-
-    def _put(self, values: torch.Tensor) -> None:
-        """Make the whole shard rest."""
-        if isinstance(self._form, Values):
-            self._write(self.master_span, values)
-            return
-        codes = torch.empty(self._resting_span.numel, dtype=self._dtype, device=values.device)
-        self._form.put(values, codes)
-        self._save_codes(codes)
 
     def _codes(self) -> torch.Tensor:
         codes = torch.empty(self._resting_span.numel, dtype=self._dtype)
@@ -274,9 +265,7 @@ class OffloadedParameters:
             self._near.transfer.wait()
             source = self._near.slab.tensor(self._dtype, 0, self._resting_span.numel)
         with self._beside.run():
-            shard = source
-            if self._comm.size > 1 or not isinstance(self._form, Values):
-                shard = source.to(self._comm.device, non_blocking=True)
+            shard = self._form.near(self._comm, source)
             gather = self._form.gather(self._comm, coming.identity, self.full, shard, coming.exact)
             self._pending = _Holding(gather, shard)
         self._give_slab_back(self._beside.end())

@@ -250,7 +250,7 @@ class ShardedParameters:
             self.resting = InMemory(self.shard)
             self.master = self.shard if trainable else self.shard[:0]
             self._form = Values(wide_dtype)
-        self._form.put(owned, self.shard)
+        self.shard.copy_(self._form.encoded(owned))
         self.whole = WholeBuffer(values, layout, parameters, dtype)
         self.full = self.whole.tensor
         self._pending: Pending | None = None
@@ -326,7 +326,7 @@ def in_codes(
 
     def values() -> torch.Tensor:
         decoded = torch.empty(span.numel, dtype=codes.value_dtype)
-        codes.get(load().cpu(), decoded)
+        codes.decode(load().cpu(), decoded)
         return decoded
 
     def read(part: Span, out: torch.Tensor) -> None:
@@ -336,9 +336,7 @@ def in_codes(
     def write(part: Span, new: torch.Tensor) -> None:
         local, changed = part.shift(-span.begin), values()
         changed[local.begin : local.end].copy_(new)
-        encoded = torch.empty(codes.numel(span.numel), dtype=codes.dtype)
-        codes.put(changed, encoded)
-        save(encoded)
+        save(codes.encoded(changed))
 
     def decoded(part: Span) -> list[torch.Tensor] | None:
         local = part.shift(-span.begin)

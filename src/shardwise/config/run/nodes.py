@@ -9,6 +9,7 @@ from shardwise.errors import ConfigError
 from shardwise.topology import divisors
 
 _HPZ = ("zero_optimization", "zero_hpz_partition_size")
+_MICS = ("zero_optimization", "mics_shard_size")
 
 
 def check_nodes(resolved: Resolved, num_processes: int) -> None:
@@ -16,6 +17,7 @@ def check_nodes(resolved: Resolved, num_processes: int) -> None:
     faults = [
         *_fault(resolved, IN_JSON["num_nodes_simulated"], num_processes, ""),
         *_fault(resolved, _HPZ, num_processes, ", best the number of processes on a node"),
+        *_fault(resolved, _MICS, num_processes, ", best the number of processes on a node"),
     ]
     if faults:
         raise ConfigError("\n".join(faults))
