@@ -10,6 +10,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shardwise.checkpoint import direct_file, shard_file
+from shardwise.checkpoint import direct_file, host_copy, shard_file
 from shardwise.checkpoint.direct_file import ALIGNMENT, Slab, aligned
-from shardwise.checkpoint.shard_file import Entry, FileImage, FileRecord, ShardFile, write_shard_file
+from shardwise.checkpoint.host_copy import HostCopy
+from shardwise.checkpoint.shard_file import Entry, FileRecord, ShardFile, write_shard_file
 from shardwise.errors import CheckpointError
 from shardwise.zero.rest import InMemory
 
@@ -29,21 +31,23 @@ Write = Callable[[Path, list[Entry]], FileRecord]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many blocks, several pieces a block, several slabs an image."""
+    """Many blocks, several pieces a block, several slabs a copy."""
     monkeypatch.setattr(shard_file, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(shard_file, "SLAB_BYTES", BLOCK // 2)
-    monkeypatch.setattr(shard_file, "IMAGE_SLAB_BYTES", BLOCK)
+    monkeypatch.setattr(host_copy, "SLAB_BYTES", BLOCK)
 
 
 def at_once(path: Path, entries: list[Entry]) -> FileRecord:
     return write_shard_file(path, entries)
 
 
-def by_image(path: Path, entries: list[Entry]) -> FileRecord:
-    return FileImage(entries, []).write(path)
+def of_a_copy(path: Path, entries: list[Entry]) -> FileRecord:
+    """Half of it is copied later."""
+    entries = [replace(entry, steady=index % 2 == 0) for index, entry in enumerate(entries)]
+    return write_shard_file(path, HostCopy(entries, []).complete())
 
 
-@pytest.fixture(params=[at_once, by_image])
+@pytest.fixture(params=[at_once, of_a_copy])
 def write(request: pytest.FixtureRequest) -> Write:
     found: Write = request.param
     return found
@@ -232,23 +236,33 @@ def test_signals_while_it_is_written(write: Write, wanted: dict[str, torch.Tenso
     assert taken
 
 
-# -- images, slabs, and reading
+# -- copies, slabs, and reading
 
 
-def test_an_image_is_the_moment_of_the_copy(tmp_path: Path) -> None:
+def test_a_copy_is_the_moment_of_its_making(tmp_path: Path) -> None:
     slabs: list[Slab] = []
     value = torch.randn(30011)
     wanted = value.clone()
-    image = FileImage([Entry.of("x", value)], slabs)
+    copy = HostCopy([Entry.of("x", value)], slabs)
     value.zero_()
-    check_file(tmp_path / "one", image.write(tmp_path / "one"), {"x": wanted})
+    check_file(tmp_path / "one", write_shard_file(tmp_path / "one", copy.complete()), {"x": wanted})
     addresses = [slab.address for slab in slabs]
     larger = torch.randn(50021)
-    check_file(tmp_path / "two", FileImage([Entry.of("x", larger)], slabs).write(tmp_path / "two"), {"x": larger})
+    copied = HostCopy([Entry.of("x", larger)], slabs).complete()
+    check_file(tmp_path / "two", write_shard_file(tmp_path / "two", copied), {"x": larger})
     assert [slab.address for slab in slabs][: len(addresses)] == addresses, "memory was not used again"
     assert sum(slab.nbytes for slab in slabs) < larger.nbytes + 2 * BLOCK
-    FileImage([Entry.of("x", wanted)], slabs)
+    HostCopy([Entry.of("x", wanted)], slabs).complete()
     assert len(slabs) == len(addresses), "more is kept than the last save needed"
+
+
+def test_what_is_steady_is_copied_when_it_is_asked_for() -> None:
+    steady, other = torch.randn(70001), torch.randn(30)
+    copy = HostCopy([replace(Entry.of("x", steady), steady=True), Entry.of("y", other)], [])
+    steady.data.fill_(3.0)  # unseen by anybody
+    other.fill_(3.0)
+    values = {entry.key: torch.cat([part.load() for part in entry.parts]) for entry in copy.complete()}
+    assert values["x"].eq(3.0).all() and not values["y"].eq(3.0).any()
 
 
 def test_slabs_are_pages() -> None:

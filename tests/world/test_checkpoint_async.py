@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from shardwise.checkpoint import shard_file
+from shardwise.checkpoint.host_copy import HostCopy
 from shardwise.checkpoint.manifest import complete_tags
-from shardwise.checkpoint.shard_file import FileImage
+from shardwise.checkpoint.shard_file import Entry
 from shardwise.errors import CheckpointError
 from shardwise.zero.access import safe_set_full_optimizer_state
 from shardwise.zero.state_readers import StateReaders
@@ -47,13 +48,13 @@ class LastMoment:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.somebody_waits = threading.Event()
-        self._complete, self._wait = FileImage.complete, StateReaders.wait
-        monkeypatch.setattr(FileImage, "complete", lambda image: self._complete_late(image))
+        self._complete, self._wait = HostCopy.complete, StateReaders.wait
+        monkeypatch.setattr(HostCopy, "complete", lambda copy: self._complete_late(copy))
         monkeypatch.setattr(StateReaders, "wait", lambda readers: self._wait_for(readers))
 
-    def _complete_late(self, image: FileImage) -> None:
+    def _complete_late(self, copy: HostCopy) -> list[Entry]:
         assert self.somebody_waits.wait(30), "nobody waits for the copy"
-        self._complete(image)
+        return self._complete(copy)
 
     def _wait_for(self, readers: StateReaders) -> None:
         if readers._ends:

@@ -16,15 +16,6 @@ MAX_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A tensor to be copied."""
-
-    tensor: torch.Tensor
-    steady: bool = False
-    """It does not change before all who read it are done."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Copy:
     """``nbytes`` of ``source`` (flat), from its byte ``begin`` on, go to byte ``at`` of the slab."""
 
@@ -32,7 +23,6 @@ class _Copy:
     begin: int
     nbytes: int
     at: int
-    steady: bool
 
 
 @dataclass(slots=True)
@@ -42,19 +32,17 @@ class Filling:
     copies: list[_Copy] = field(default_factory=list)
     nbytes: int = 0
 
-    def add(self, source: torch.Tensor, begin: int, limit: int, steady: bool) -> int:
+    def add(self, source: torch.Tensor, begin: int, limit: int) -> int:
         """Take what fits of a flat tensor, from its byte ``begin`` on, until ``limit`` is full; bytes taken."""
         taken = min(source.nbytes - begin, limit - self.nbytes)
-        self.copies.append(_Copy(source, begin, taken, self.nbytes, steady))
+        self.copies.append(_Copy(source, begin, taken, self.nbytes))
         self.nbytes += taken
         return taken
 
-    def split(self) -> tuple[Filling, Filling]:
-        """What must be copied now, and what may be copied later."""
-        parts = Filling(nbytes=self.nbytes), Filling(nbytes=self.nbytes)
-        for copy in self.copies:
-            parts[copy.steady].copies.append(copy)
-        return parts
+    def skip_to(self, alignment: int, limit: int) -> bool:
+        """Leave a gap, so that the next copy begins at a multiple of ``alignment``; whether there is room for it."""
+        self.nbytes = -(-self.nbytes // alignment) * alignment
+        return self.nbytes < limit
 
     def fill(self, slab: Slab) -> None:
         """Copy; what comes from a device may still be on its way into pinned memory."""
@@ -67,16 +55,15 @@ class Filling:
                 slab.tensor[copy.at : copy.at + copy.nbytes].copy_(source, non_blocking=True)
 
 
-def cut(sources: Iterable[Source], slab_bytes: int) -> Iterator[Filling]:
+def cut(sources: Iterable[torch.Tensor], slab_bytes: int) -> Iterator[Filling]:
     """The fillings of slabs of ``slab_bytes``, in order; all are full but the last."""
     filling = Filling()
-    for source in sources:
-        flat = source.tensor
+    for flat in sources:
         if flat.dim() != 1 or flat.requires_grad or not flat.is_contiguous():
             flat = flat.detach().reshape(-1).contiguous()
         begin = 0
         while begin < flat.nbytes:
-            begin += filling.add(flat, begin, slab_bytes, source.steady)
+            begin += filling.add(flat, begin, slab_bytes)
             if filling.nbytes == slab_bytes:
                 yield filling
                 filling = Filling()
@@ -92,10 +79,10 @@ def wait_for_devices(fillings: Iterable[Filling]) -> None:
             torch.accelerator.synchronize(device)
 
 
-def fill_all(fillings: Sequence[Filling], slabs: Sequence[Slab]) -> None:
-    """Fill one slab after the other; several at once where everything is in host memory."""
+def fill_all(fillings: Sequence[Filling], slabs: Sequence[Slab], threads: int) -> None:
+    """Fill one slab after the other; ``threads`` at once where everything is in host memory."""
     on_host = all(copy.source.device.type == "cpu" for filling in fillings for copy in filling.copies)
-    threads = min(torch.get_num_threads(), MAX_THREADS, len(fillings)) if on_host else 1
+    threads = min(threads, MAX_THREADS, len(fillings)) if on_host else 1
     if threads > 1:
         with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-copy") as pool:
             list(pool.map(Filling.fill, fillings, slabs))

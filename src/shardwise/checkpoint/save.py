@@ -28,9 +28,10 @@ import torch
 from shardwise.checkpoint import manifest as manifests
 from shardwise.checkpoint.claim import Claims
 from shardwise.checkpoint.direct_file import Slab
+from shardwise.checkpoint.host_copy import HostCopy
 from shardwise.checkpoint.manifest import Manifest, ModelRecord
 from shardwise.checkpoint.model import Part, Trained, merge, owners_of_buffers
-from shardwise.checkpoint.shard_file import Entry, FileImage, FileRecord, write_shard_file
+from shardwise.checkpoint.shard_file import Entry, FileRecord, write_shard_file
 from shardwise.checkpoint.tree import encode
 from shardwise.errors import CheckpointError, ShardwiseError
 
@@ -217,7 +218,7 @@ class _Save:
             owners = owners_of_buffers([word["models"][index] for word in words])
             part.add_buffers([name for name, ranks in owners.items() if rank in ranks])
         self._entries = [entry for part in self._parts for entry in part.entries] + trees
-        self._image: FileImage | None = None
+        self._copy: HostCopy | None = None
         self._words = words
         self.is_in_files = any(word["in_files"] for word in words)
         """Whether some of it is in no memory of some rank."""
@@ -245,7 +246,7 @@ class _Save:
 
         ``slabs`` are for the copy, and become as many as it needs.
         """
-        self._image = FileImage(self._entries, slabs)
+        self._copy = HostCopy(self._entries, slabs)
         self._entries = []
         for part in self._parts:
             part.entries.clear()  # a state that a load replaces must not live on until the next save
@@ -255,13 +256,13 @@ class _Save:
         self._failure: Exception | None = None
         try:
             try:
-                self._complete_image()
+                self._complete_copy()
                 said: dict[str, Any] = {"result": self._write()}
             except (ShardwiseError, OSError) as error:
                 self._path().unlink(missing_ok=True)
                 self._failure = error
                 said = {"error": _explain(error)}
-            self._image = None
+            self._entries = []
             self._leave_note(json.dumps(said).encode())
             if self._meeting.rank == 0 and self._failure is None:
                 self._commit([self._await_note(rank) for rank in range(self._meeting.size)])
@@ -270,11 +271,12 @@ class _Save:
         if self._failure is not None:  # said at once as well: a script may end without another call
             logger.error("the checkpoint %s was not completed: %s", self._place.own_directory, self._failure)
 
-    def _complete_image(self) -> None:
+    def _complete_copy(self) -> None:
         try:
-            if self._image is not None:
-                self._image.complete()
+            if self._copy is not None:
+                self._entries = self._copy.complete()
         finally:
+            self._copy = None
             self.is_copied.set()
 
     def raise_failure(self) -> None:
@@ -314,8 +316,7 @@ class _Save:
         return self._place.own_directory / f"rank_{number:05d}.{self._id}.safetensors"
 
     def _write(self) -> dict[str, Any]:
-        image, path = self._image, self._path()
-        record = write_shard_file(path, self._entries) if image is None else image.write(path)
+        record = write_shard_file(self._path(), self._entries)
         return {"name": record.name, "bytes": record.nbytes, "checksums": record.checksums}
 
     def _commit(self, files: Sequence[Mapping[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import threading
 import zlib
@@ -28,8 +29,7 @@ from typing import Any, Self
 
 import torch
 
-from shardwise import torch_compat
-from shardwise.checkpoint.copies import Filling, Source, cut, fill_all, wait_for_devices
+from shardwise.checkpoint.copies import Filling, cut, wait_for_devices
 from shardwise.checkpoint.direct_file import NewFile, Slab
 from shardwise.checkpoint.plain_file import reading
 from shardwise.checkpoint.tree import DTYPE_NAMES, DTYPES
@@ -40,8 +40,6 @@ BLOCK_BYTES = 1 << 24
 """Bytes that one checksum covers: what is read at least."""
 SLAB_BYTES = 1 << 22
 """Bytes that are copied, written or read in one go."""
-IMAGE_SLAB_BYTES = 1 << 24
-"""The same for a copy of the whole file in host memory."""
 WRITERS = 2
 """Threads that write one file: one more than a disk needs that takes one piece at a time."""
 SLABS = WRITERS + 2
@@ -71,7 +69,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return sum(part.numel * part.dtype.itemsize for part in self.parts)
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -121,22 +119,15 @@ class _Contents:
             for entry in self._ordered
             for part in entry.parts
         )
-        self.versions: list[tuple[str, torch.Tensor, int]] = []
-        """Of what was steady when it was cut: key, memory, and how often that had changed."""
 
     def cut(self, slab_bytes: int) -> Iterator[Filling]:
         return cut(self._sources(), slab_bytes)
 
-    def _sources(self) -> Iterator[Source]:
-        yield Source(self._header, steady=True)
+    def _sources(self) -> Iterator[torch.Tensor]:
+        yield self._header
         for entry in self._ordered:
             for part in entry.parts:
-                for tensor in part.memory() or (part.load(),):
-                    # What comes from a device takes a bus that is faster than any disk, and its turn in a stream.
-                    steady = entry.steady and tensor.device.type == "cpu"
-                    if steady:
-                        self.versions.append((entry.key, tensor, torch_compat.version_of(tensor)))
-                    yield Source(tensor, steady)
+                yield from part.memory() or (part.load(),)
 
 
 class _Writing:
@@ -222,66 +213,6 @@ def write_shard_file(path: Path, entries: Sequence[Entry]) -> FileRecord:
         for future, _ in under_way:
             future.result()
         return writing.finish()
-
-
-class FileImage:
-    """A file to be, copied to host memory: training may go on and change the originals.
-
-    What is steady is copied by ``complete``, on any thread.
-
-    Args:
-        entries: of the file.
-        slabs: memory of earlier images, which this one uses and makes as many as it needs: where pages were touched
-            before, a copy takes a fraction of the time.
-    """
-
-    def __init__(self, entries: Sequence[Entry], slabs: list[Slab]) -> None:
-        contents = _Contents(entries)
-        self._nbytes = contents.nbytes
-        fillings = list(contents.cut(IMAGE_SLAB_BYTES))
-        del slabs[len(fillings) :]
-        slabs += [Slab(IMAGE_SLAB_BYTES, contents.on_device) for _ in range(len(fillings) - len(slabs))]
-        self._slabs = slabs
-        now, self._later = zip(*(filling.split() for filling in fillings), strict=True)
-        self._versions = contents.versions
-        fill_all(now, slabs)
-
-    def complete(self) -> None:
-        """Copy what is steady, unless that was done; the originals are of no interest afterwards.
-
-        Raises:
-            CheckpointError: some of it has changed meanwhile.
-        """
-        # By this thread alone: the other cores have better things to do, and pools take no work at a script's end.
-        for filling, slab in zip(self._later, self._slabs, strict=False):
-            filling.fill(slab)
-        self._later = ()
-        versions, self._versions = self._versions, []
-        for key, tensor, version in versions:
-            if torch_compat.version_of(tensor) != version:
-                raise CheckpointError(
-                    f"{key} of the checkpoint was changed by hand while it was copied beside training. Call "
-                    "wait_for_checkpoint() before you change the optimizer's state."
-                )
-
-    def write(self, path: Path) -> FileRecord:
-        """``complete`` it, write it as a new file, and wait until it is on the disk.
-
-        Raises:
-            CheckpointError: what was steady has changed.
-            OSError: the file exists, or the disk does not take it.
-        """
-        self.complete()
-        step = _slab_bytes()
-        with _Writing(path, self._nbytes) as writing:
-            futures = []
-            for number, slab in enumerate(self._slabs):
-                within = min(IMAGE_SLAB_BYTES, self._nbytes - number * IMAGE_SLAB_BYTES)
-                for at in range(0, within, step):
-                    futures.append(writing.write(slab.view[at:], min(step, within - at)))
-            for future in futures:
-                future.result()
-            return writing.finish()
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
