@@ -48,6 +48,11 @@ def current_memory() -> ProcessMemory:
     return ProcessMemory(_read_bytes(_STATUS, "VmRSS"), _read_bytes(_ROLLUP, "Pss"))
 
 
+def peak_resident_bytes() -> int:
+    """The highest resident set since the process began, or since a ``PeakMemory`` began."""
+    return _read_bytes(_STATUS, "VmHWM")
+
+
 class PeakMemory:
     """Context manager; ``peak`` holds the highest counts between entry and exit."""
 
@@ -67,7 +72,7 @@ class PeakMemory:
     ) -> None:
         self._ended.set()
         self._sampler.join()
-        self.peak = ProcessMemory(_read_bytes(_STATUS, "VmHWM"), self._proportional_bytes)
+        self.peak = ProcessMemory(peak_resident_bytes(), self._proportional_bytes)
 
     def _sample(self) -> None:
         ended = False

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: learned positions, a stack of blocks, and an output layer that shares the embedding's weight."""
+    """GPT-2: learned positions, a stack of blocks, and an output layer that shares the embedding's weight.
 
-    def __init__(self, shape: GPTShape) -> None:
+    ``recomputes``: of each block backward keeps the input alone, and computes the rest anew.
+    """
+
+    def __init__(self, shape: GPTShape, recomputes: bool = False) -> None:
         super().__init__()
+        self.recomputes = recomputes
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.positions = nn.Embedding(shape.positions, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
@@ -76,7 +81,7 @@ class GPT(nn.Module):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         hidden = self.embedding(inputs) + self.positions(torch.arange(inputs.shape[1], device=tokens.device))
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = checkpoint(block, hidden, use_reentrant=False) if self.recomputes else block(hidden)
         logits = self.head(self.norm(hidden))
         loss: Tensor = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return loss
