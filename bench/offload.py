@@ -6,6 +6,8 @@
 ``train``      whole training steps of two ranks, beside DeepSpeed with its states in host memory
 ``growth``     the time of a whole step as the model doubles
 ``inference``  tokens one at a time with the weights in a file, against reading the file
+``speculation``
+               a step that can be taken back, for one that does not wait for the gradient's norm
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from bench import speculation
 from bench.contenders import CONTENDERS
 from bench.contenders.engines import NVME_PATH
 from bench.interleave import Rounds, time_in_turns
@@ -38,7 +41,7 @@ from shardwise.store.chunk_stream import Chunk, ChunkStream
 from shardwise.store.direct_io import DirectIO
 from shardwise.store.swap_file import SwapFile
 
-PARTS = ("step", "train", "growth", "inference")
+PARTS = ("step", "train", "growth", "inference", "speculation")
 GROWING = {
     "50M": GPTShape(8, 704, 11, 2048, 512),
     "100M": GPTShape(8, 1008, 12, 2048, 512),
@@ -70,8 +73,9 @@ def main() -> None:
     facts = machine_facts()
     print_facts("machine", facts)
     results: dict[str, Any] = {}
+    run = dict(zip(PARTS, (_steps, _train, _growth, _inference, speculation.run), strict=True))
     for part in options.parts:
-        results[part] = {"step": _steps, "train": _train, "growth": _growth, "inference": _inference}[part](options)
+        results[part] = run[part](options)
     if options.json is not None:
         write_json(options.json, {"machine": facts, "results": results})
 
@@ -302,6 +306,7 @@ def _parse_options() -> argparse.Namespace:
     add("--threads", type=at_least(1), default=1, help="threads of a rank, where there is one rank")
     add("--seed", type=int, default=0)
     add("--json", type=Path, help="write everything measured to this file")
+    speculation.add_options(parser)
     return parser.parse_args()
 
 
