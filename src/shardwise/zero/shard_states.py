@@ -173,9 +173,11 @@ class ShardStates:
         if memory is not None:
             # Gradients may still be on their way from the device.
             return Loaded(self.plan, window, memory, [self.beside.end()])
-        slab = self._staging().take_to_read()
-        end = self._end(kinds, window)
-        return Loaded(self.plan, window, slab, [self._store.start_read(window.extent, 0, slab.bytes(0, end))])
+        staging = self._staging()
+        slab = staging.take_to_read()
+        read = self._store.start_read(window.extent, 0, slab.bytes(0, self._end(kinds, window)))
+        # A step also writes where nothing is read: moments in its first step, values on their way out.
+        return Loaded(self.plan, window, slab, [*staging.leaving(slab), read])
 
     def start_keep(self, loaded: Loaded, kinds: Sequence[str], others: Sequence[Transfer] = ()) -> None:
         """Take back what a step changed: ``kinds``, neighbours in the plan. The window may not be touched after this.

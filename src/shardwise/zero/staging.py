@@ -16,6 +16,8 @@ class Staging:
     def __init__(self, num_slabs: int, slab_bytes: int, pin: bool) -> None:
         self._pool = SlabPool(num_slabs, slab_bytes, pin)
         self._free: deque[tuple[Slab, Sequence[Transfer]]] = deque((self._pool.take(), ()) for _ in range(num_slabs))
+        self._leaving: dict[Slab, Sequence[Transfer]] = {}
+        """What is written from slabs that were taken to read into."""
 
     @property
     def num_slabs(self) -> int:
@@ -54,12 +56,20 @@ class Staging:
         return slab
 
     def take_to_read(self) -> Slab:
-        """A slab that a store may read into at once: it does so when what is written from it has arrived."""
+        """A slab that a store may read into at once: it does so when what is written from the same bytes has arrived.
+
+        Of other bytes the write may last longer than the read: who changes them waits for ``leaving`` before.
+        """
         slab, leaving = self._pop()
         for transfer in leaving:
             if not transfer.in_order:
                 transfer.wait()
+        self._leaving[slab] = leaving
         return slab
+
+    def leaving(self, slab: Slab) -> Sequence[Transfer]:
+        """What was written from it when it was taken to read into."""
+        return self._leaving.get(slab, ())
 
     def _pop(self) -> tuple[Slab, Sequence[Transfer]]:
         if not self._free:
@@ -68,7 +78,8 @@ class Staging:
 
     def give_back(self, slab: Slab, after: Sequence[Transfer] = ()) -> None:
         """Let others have it. ``after``: transfers from its memory that are under way."""
-        self._free.append((slab, after))
+        before = [transfer for transfer in self._leaving.pop(slab, ()) if not transfer.done]
+        self._free.append((slab, [*before, *after]))
 
     def drain(self) -> None:
         """Return when everything that was started from slabs that are given back has arrived.
