@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shardwise.comm.base import CollectiveId, Communicator, Pending
+from shardwise.comm.base import CollectiveId, Communicator, Done, Pending
 from shardwise.layout import Span
 from shardwise.zero.gradients import OnePass, SoFar, Then, norms_of
 from shardwise.zero.guard import guard
@@ -75,6 +75,9 @@ class OffloadedGradients:
             if not in_place:
                 self._comm.give_back(owned)
 
+        if isinstance(pending, Done):  # nothing travels: what is written can be written beside the units to come
+            keep()
+            return pending
         return Then(pending, keep)
 
     def _borrow(self) -> torch.Tensor:

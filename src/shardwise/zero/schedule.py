@@ -64,10 +64,13 @@ class Schedule:
     def before_forward(self, unit: Unit) -> None:
         """Make ``unit`` whole; gather the next ones meanwhile."""
         unit.unshard(self.step)
-        if unit.training_state is TrainingState.IDLE:
+        predicts = unit.training_state is TrainingState.IDLE
+        if predicts:
             self._prefetch(unit, forward=True)
             self._fetch(unit, forward=True)
         unit.wait_unsharded()
+        if predicts:
+            self._fetch_following(unit, forward=True)
         check_ready(unit, "before forward")
         if unit not in self._tracing:
             self._tracing.append(unit)
@@ -104,6 +107,7 @@ class Schedule:
         self._prefetch(unit, forward=False)
         self._fetch(unit, forward=False)
         unit.wait_unsharded()
+        self._fetch_following(unit, forward=False)
         check_ready(unit, "before backward")
 
     def after_backward(self, unit: Unit) -> None:
@@ -137,10 +141,30 @@ class Schedule:
         following = self._following(unit, forward)
         if forward:
             # Behind the last unit comes backward, or else the next pass.
-            following += self._order[::-1] if torch.is_grad_enabled() else self._order
-        for candidate in following:
-            if not candidate.fetch():
-                break
+            following += self._backward_behind([unit, *following]) if torch.is_grad_enabled() else self._order
+        _bring_near(following)
+
+    def _backward_behind(self, forward: Sequence[Unit]) -> list[Unit]:
+        """The units that backward uses when those of ``forward`` have run, nearest first.
+
+        One of these that will be put away ends the list: its shard cannot come for backward yet, and what is used after
+        it must not take its slab.
+        """
+        found = []
+        for unit in reversed(self._order):
+            if unit in forward:
+                if not self._reused_soon(unit):
+                    break
+            elif unit is not self._root:
+                found.append(unit)
+        return found
+
+    def _fetch_following(self, unit: Unit, forward: bool) -> None:
+        """Once ``unit`` is whole, into the slab that it came in: with two slabs there was no room before, unless it was
+        near already.
+        """
+        if self._fetches:
+            _bring_near(self._following(unit, forward))
 
     def _following(self, unit: Unit, forward: bool) -> list[Unit]:
         """The units that are used next, nearest first."""
@@ -198,3 +222,9 @@ class Schedule:
         """Parameters change: what was fetched ahead is not what they will be."""
         for unit in self._moving:
             unit.forget_fetched()
+
+
+def _bring_near(units: Sequence[Unit]) -> None:
+    for unit in units:
+        if not unit.fetch():
+            break
