@@ -256,8 +256,9 @@ def room_here(run: Run) -> Needs:
 
 def missing_room(needs: Needs, room: Needs) -> str:
     """What does not fit, in words; empty where everything does."""
+    in_files = ", or --optimizer nvme" if needs.device else ""  # without a GPU nothing leaves host memory
     places = (
-        ("host memory", needs.host, room.host, "choose a smaller size, or --optimizer nvme"),
+        ("host memory", needs.host, room.host, "choose a smaller size" + in_files),
         ("files", needs.files, room.files, "choose another --path, a smaller size, or --optimizer cpu"),
         ("GPU memory", needs.device, room.device, "choose a smaller size, --batch or --seq"),
     )
