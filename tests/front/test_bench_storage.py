@@ -16,6 +16,7 @@ from shardwise.store.survey import SMALLEST_BYTES, Cell, choose
 from tests.front.command import SHARDWISE, plain_environment, shardwise
 
 
+@pytest.mark.slow
 def test_measures_and_leaves_nothing(tmp_path: Path) -> None:
     place = tmp_path / "disk"
     place.mkdir()

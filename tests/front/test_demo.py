@@ -110,6 +110,7 @@ def test_the_saved_model_is_the_trained_one(first_result: dict[str, float], work
 
 
 @pytest.mark.world
+@pytest.mark.slow
 def test_a_stage_of_the_users_json_replaces_the_result_with_the_same_bits(
     first_result: dict[str, float], workplace: Path
 ) -> None:

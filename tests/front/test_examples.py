@@ -140,6 +140,7 @@ def test_one_process_trains_like_two_with_half_the_batch_each(stages: Callable[[
 
 
 @pytest.mark.world
+@pytest.mark.slow
 def test_the_saved_model_is_the_trained_one_at_every_stage(stages: Callable[[int], Run], modules: Any) -> None:
     weights = load_file(stages(0).output_dir / "model.safetensors")
     gathered = load_file(stages(3).output_dir / "model.safetensors")
@@ -200,6 +201,7 @@ def test_the_scripts_own_optimizer_and_scheduler_resume_in_the_next_epoch(place:
 
 
 @pytest.mark.world
+@pytest.mark.slow
 def test_the_template_of_stage_3_trains_in_fp16_and_saves_by_way_of_its_shards(place: Place) -> None:
     run = place.clm("template3", str(TEMPLATES / "zero_stage3_config.json"), "--load_best_model")
     assert run.rows[-1]["eval_loss"] < 6.2

@@ -101,7 +101,9 @@ def test_scenario_3_fills_auto_from_flags(directory: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "stage"), [("plugin_zero2.yaml", 2), ("plugin_zero3_offload.yaml", 3)])
+@pytest.mark.parametrize(
+    ("name", "stage"), [pytest.param("plugin_zero2.yaml", 2, marks=pytest.mark.slow), ("plugin_zero3_offload.yaml", 3)]
+)
 def test_the_plugin_examples_start(directory: Path, name: str, stage: int) -> None:
     # What stands behind the script is the script's own, also where the launcher has a flag of that name.
     status, lines, errors = launch(directory, "--config_file", name, SCRIPT, "--mixed_precision", "fp16")
@@ -111,7 +113,7 @@ def test_the_plugin_examples_start(directory: Path, name: str, stage: int) -> No
     assert config["gradient_clipping"] == 1.0 and "Mixed precision type: fp16" in lines
 
 
-@pytest.mark.parametrize("name", ["file_zero2.yaml", "file_zero3_offload.yaml"])
+@pytest.mark.parametrize("name", ["file_zero2.yaml", pytest.param("file_zero3_offload.yaml", marks=pytest.mark.slow)])
 def test_the_config_file_examples_start(directory: Path, name: str) -> None:
     text = (directory / name).read_text()
     # The guide's path is that of its author's home.

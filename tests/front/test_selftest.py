@@ -50,7 +50,9 @@ def run(home: Path, *words: str, **extra: str) -> tuple[int, dict[str, str], str
     [
         pytest.param(("--zero_stage", "0"), id="stage 0", marks=pytest.mark.slow),
         pytest.param(
-            ("--zero_stage", "3", "--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"), id="stage 3"
+            ("--zero_stage", "3", "--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"),
+            id="stage 3",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -87,6 +89,7 @@ def test_rank_with_wrong_values_is_named_and_the_others_go_on(home: Path) -> Non
     assert "reduce: The messages arrive, but with wrong values" in printed  # what to do
 
 
+@pytest.mark.slow
 def test_rank_that_dies_is_named_with_the_check_it_died_in(home: Path) -> None:
     (home / "sitecustomize.py").write_text(FAULT)
     code, rows, printed = run(home, PYTHONPATH=str(home), FAULT="dies")

@@ -332,7 +332,8 @@ def offloaded_agrees_with_device(size: int, path: str) -> None:
                 assert_near(record, here, f"states on {device}", rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.slow
 def test_offload(world4: World, size: int, tmp_path: Path) -> None:
     world4.run(offloaded_agrees_with_device, size, str(tmp_path))
 

@@ -63,6 +63,7 @@ def assert_goes_on(worlds: WorldPool, tmp_path: Path, kills: list[Kill], size: i
         assert "1" in attempts[0] and not any("5" in found for found in attempts[1:]), "it began anew"
 
 
+@pytest.mark.slow
 def test_kills_under_the_launcher(worlds: WorldPool, tmp_path: Path) -> None:
     assert_goes_on(worlds, tmp_path, kills_of(2)[:2], 2, {"front": "accelerator", "stage": 3, "async_save": True})
 
