@@ -168,16 +168,19 @@ class ShardStates:
     # --------------------------------------------------------------------------------------------------- windows
 
     def start_load(self, window: Window, kinds: Sequence[str]) -> Loaded:
-        """Bring the window to memory; ``kinds`` are the first ones of the plan, the others hold anything."""
+        """Bring the window to memory; ``kinds`` are neighbours in the plan, the others hold anything."""
         memory = self._store.in_place(window.extent)
         if memory is not None:
             # Gradients may still be on their way from the device.
             return Loaded(self.plan, window, memory, [self.beside.end()])
         staging = self._staging()
         slab = staging.take_to_read()
-        read = self._store.start_read(window.extent, 0, slab.bytes(0, self._end(kinds, window)))
         # A step also writes where nothing is read: moments in its first step, values on their way out.
-        return Loaded(self.plan, window, slab, [*staging.leaving(slab), read])
+        transfers = list(staging.leaving(slab))
+        if kinds:
+            begin, end = self._bounds(kinds, window)
+            transfers.append(self._store.start_read(window.extent, begin, slab.bytes(begin, end - begin)))
+        return Loaded(self.plan, window, slab, transfers)
 
     def start_keep(self, loaded: Loaded, kinds: Sequence[str], others: Sequence[Transfer] = ()) -> None:
         """Take back what a step changed: ``kinds``, neighbours in the plan. The window may not be touched after this.
@@ -191,17 +194,16 @@ class ShardStates:
             return
         transfers = list(others)
         if kinds:
-            begin, end = self.plan.begin(kinds[0], loaded.window.span.numel), self._end(kinds, loaded.window)
+            begin, end = self._bounds(kinds, loaded.window)
             memory = loaded.memory.bytes(begin, end - begin)
             transfers.append(self._store.start_write(loaded.window.extent, begin, memory))
         self._staging().give_back(loaded.memory, after=transfers)
 
-    def _end(self, kinds: Sequence[str], window: Window) -> int:
-        """The byte behind the last of ``kinds``."""
-        if not kinds:
-            return 0
+    def _bounds(self, kinds: Sequence[str], window: Window) -> tuple[int, int]:
+        """The first byte of ``kinds`` and the one behind the last."""
         numel = window.span.numel
-        return self.plan.begin(kinds[-1], numel) + numel * self.plan.dtype(kinds[-1]).itemsize
+        end = self.plan.begin(kinds[-1], numel) + numel * self.plan.dtype(kinds[-1]).itemsize
+        return self.plan.begin(kinds[0], numel), end
 
     # -------------------------------------------------------------------------------------------------- elements
 

@@ -11,7 +11,10 @@ from shardwise.store.base import Transfer
 
 
 class Staging:
-    """A few slabs, allocated once, that go round: the one that was given back first is taken next."""
+    """A few slabs, allocated once, that go round: the one that was given back first is taken next.
+
+    Several threads may take and give back, as long as they agree on how many each of them holds.
+    """
 
     def __init__(self, num_slabs: int, slab_bytes: int, pin: bool) -> None:
         self._pool = SlabPool(num_slabs, slab_bytes, pin)
@@ -87,7 +90,7 @@ class Staging:
         Raises:
             StorageError: something did not.
         """
-        for _, leaving in self._free:
+        for _, leaving in list(self._free):
             for transfer in leaving:
                 transfer.wait()
 
