@@ -502,7 +502,13 @@ class Accelerator:
 
     def _adopt_accumulation(self) -> None:
         """The engine may have found the number from the batch sizes."""
-        self.gradient_accumulation_steps = self._models[-1].gradient_accumulation_steps()
+        engine = self._models[-1]
+        self.gradient_accumulation_steps = engine.gradient_accumulation_steps()
+        if engine.steps_in_backward and self.gradient_state.plugin.sync_each_batch:
+            raise ConfigError(
+                "GradientAccumulationPlugin(sync_each_batch=True) ends every backward pass as if a step followed, and "
+                "shardwise.step_in_backward begins the step there. Drop one of the two."
+            )
 
     def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
         """One micro-batch: gradients are averaged, and the optimizer steps, on the last one of each step.

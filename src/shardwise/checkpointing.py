@@ -220,6 +220,8 @@ def save_state(
     Raises:
         CheckpointError: something cannot be kept or written; what was complete there still is.
     """
+    for engine in prepared.engines:
+        engine.check_savable("save_state")
     roll_call.answer("save_state")
     meeting = prepared.meeting
     if prepared.registered.save_hooks:

@@ -46,6 +46,7 @@ COMPANIONS = {
     ("zero_optimization", "mics_shard_size"): AT_STAGE_3,
     ("zero_optimization", "mics_hierarchical_params_gather"): {"stage": 3, "mics_shard_size": 2},
     ("shardwise", "frozen_weights"): AT_STAGE_3,
+    ("shardwise", "step_in_backward"): {"offload_optimizer": {"device": "cpu"}},
     ("shardwise", "error_feedback"): AT_STAGE_3 | {"zero_quantized_gradients": True},
 }
 """Of zero_optimization, for keys that a rule binds to others, which no schema can say: each is judged where it fits."""

@@ -89,6 +89,17 @@ class ShardwiseConfig(Block):
             cost="4 bytes a block, 1.6 % of int8 and 3.1 % of int4 at 256; parameters begin at a block's begin",
         ),
     ] = 256
+    step_in_backward: Annotated[
+        bool,
+        Acts(
+            "step each unit whose optimizer states rest off the device as soon as its gradient is reduced, beside the "
+            "rest of the backward pass that ends a step. The script promises that step() follows that pass with "
+            "nothing in between: no clipping, no other learning rate, no other pass, no look at parameters or "
+            "gradients. Not with gradient_clipping, fp16 or zero_quantized_gradients, which need all gradients first",
+            cost="with states in files 4 bytes less read and 4 less written per parameter and step; host memory for "
+            "twice the largest unit's gradient shard",
+        ),
+    ] = False
     frozen_weights: Annotated[
         Literal["int8", "int4", "fp8"] | None,
         Acts(

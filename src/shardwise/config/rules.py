@@ -14,6 +14,7 @@ def broken_rules(config: EngineConfig) -> Iterator[Fault]:
     yield from _one_division(config)
     yield from _travel(config)
     yield from _replicas(config)
+    yield from _steps_in_backward(config)
 
 
 def _one_compute_dtype(config: EngineConfig) -> Iterator[Fault]:
@@ -113,6 +114,29 @@ def _replicas(config: EngineConfig) -> Iterator[Fault]:
                 f"found {zero.mics_shard_size}, and {name} is set, which sends less between nodes where all ranks "
                 "share the states. Drop one of the two.",
             )
+
+
+def _steps_in_backward(config: EngineConfig) -> Iterator[Fault]:
+    if not config.shardwise.step_in_backward:
+        return
+    zero, path = config.zero_optimization, ("shardwise", "step_in_backward")
+    if zero.offload_optimizer.device not in ("cpu", "nvme"):
+        yield Fault(
+            path,
+            "found true, and zero_optimization.offload_optimizer.device is none: only states that rest off the device "
+            'are stepped in backward. Set the device to "cpu" or "nvme", or drop the key.',
+        )
+    whole = {
+        "gradient_clipping": (config.gradient_clipping > 0, "the factor needs the norm of all gradients"),
+        "fp16": (config.scales_loss, "an overflow anywhere skips the whole step. Use bf16"),
+        "zero_quantized_gradients": (
+            zero.zero_quantized_gradients,
+            "a gradient that is not finite anywhere skips the whole step",
+        ),
+    }
+    for name, (wanted, reason) in whole.items():
+        if wanted:
+            yield Fault(path, f"found true with {name}: {reason}. Drop one of the two.")
 
 
 def _zeropp(config: EngineConfig) -> dict[str, bool]:

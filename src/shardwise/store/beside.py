@@ -59,6 +59,15 @@ class Beside:
         with torch.cuda.stream(self._stream):
             yield
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What the calling thread gives to the device inside runs on a stream that waits for no other."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            yield
+
     def join(self) -> None:
         """The caller's stream goes on when the second one has done what it was given so far."""
         if self._stream is not None:
@@ -75,6 +84,11 @@ class Beside:
             return _nothing
         event, device = self._stream.record_event(), self._device
         return lambda: torch.cuda.current_stream(device).wait_event(event)
+
+    def after_caller(self) -> Transfer:
+        """When the caller's stream, and the second one, have done what they were given so far."""
+        with self.run():
+            return self.end()
 
     def end(self) -> Transfer:
         """When the second stream has done what it was given so far."""

@@ -46,6 +46,7 @@ from shardwise.errors import ConfigError, StateError
 from shardwise.optim.probe import OptimizerTraits
 from shardwise.precision import NARROW, LossScaler, Precision
 from shardwise.zero.assembly import DTYPES, equip_with_gradients, is_local, measure_optimizer, optimizer_groups
+from shardwise.zero.early_steps import EarlySteps, NoEarlySteps, StepsInBackward
 from shardwise.zero.engine_optimizer import EngineOptimizer
 from shardwise.zero.held import Held, announce, withdraw
 from shardwise.zero.hooks import Hooks, map_tensors
@@ -109,6 +110,7 @@ class Engine(nn.Module):
         )
         self._casts_inputs = precision.compute is not None and config.fp16.auto_cast is not False
         self._schedule = Schedule(units, units[0], budgets, prefetches=comm.overlaps or offloading.overlaps)
+        self._early: EarlySteps = NoEarlySteps()
         self._watch_units()
         self._state_dict_guard = self._guard_state_dict()
         self._owners: dict[torch.Tensor, tuple[Unit, int, int]] = {
@@ -133,7 +135,7 @@ class Engine(nn.Module):
 
     def _watch_units(self) -> None:
         self._reducer = Reducer(
-            self._units, self._config.zero_optimization.overlap_comm is not False, self._comm.forgets
+            self._units, self._config.zero_optimization.overlap_comm is not False, self._comm.forgets, self._early
         )
         self._reduces_every_backward = any(
             segment.sharding.reduces_every_backward for unit in self._units for segment, _ in unit.trainable
@@ -198,11 +200,17 @@ class Engine(nn.Module):
         streams = any(segment.states is not None for segment in self._segments)
         on_cpu = self.device.type == "cpu" or streams
         max_run_numel = min(zero.sub_group_size, CPU_RUN_NUMEL) if on_cpu else zero.sub_group_size
-        sharded = (
-            StreamedOptimizer(optimizer, traits, self._units, max_run_numel, depth=self._offloading.depth)
-            if streams
-            else ShardedOptimizer(optimizer, traits, self._units, max_run_numel, unit_by_unit=self._comm.overlaps)
-        )
+        sharded: ShardedOptimizer
+        if streams:
+            sharded = streamed = StreamedOptimizer(
+                optimizer, traits, self._units, max_run_numel, depth=self._offloading.depth
+            )
+            if self._config.shardwise.step_in_backward:
+                self._early = StepsInBackward(
+                    streamed, self._units, self._offloading, self._ends_step, self.take_in_new_groups
+                )
+        else:
+            sharded = ShardedOptimizer(optimizer, traits, self._units, max_run_numel, unit_by_unit=self._comm.overlaps)
         self._hooks.remove()
         self._watch_units()
         return ShardedStep(
@@ -212,6 +220,7 @@ class Engine(nn.Module):
             sharded,
             self._owners,
             self._scaler,
+            self._early,
         )
 
     # ----------------------------------------------------------------------------------------- forward, backward
@@ -221,6 +230,7 @@ class Engine(nn.Module):
         self._check_open()
         if not torch_compat.in_backward():
             self._hooks.recover()
+            self._early.refuse("a forward pass")
         if self._casts_inputs:
             args, kwargs = map_tensors(args, self._cast), map_tensors(kwargs, self._cast)
         if self._step is not None:
@@ -262,12 +272,23 @@ class Engine(nn.Module):
     def _reduces_now(self) -> bool:
         if self._reduces_every_backward or not self._syncs:
             reduces = self._syncs
+        elif self._early.begins_steps:
+            reduces = self._ends_step()
         else:
             reduces = self._reducer.expects_last_pass if self._forced_boundary is None else self._forced_boundary
         if reduces and self._tells_steps and not self._has_told_step:
             self._has_told_step = True
             roll_call.passed_step()
         return reduces
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether a backward pass at the boundary may begin the step, which the script promises to let follow."""
+        return self._config.shardwise.step_in_backward
+
+    def _ends_step(self) -> bool:
+        """Whether the next backward pass is the last one of a step, as far as the boundary tells."""
+        return self._syncs and self.is_gradient_accumulation_boundary()
 
     def _backward_is_over(self) -> None:
         self._boundary.reset()
@@ -314,7 +335,10 @@ class Engine(nn.Module):
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
-        """Decide by hand whether the next ``step`` acts; None returns to counting."""
+        """Decide by hand whether the next ``step`` acts; None returns to counting.
+
+        With ``step_in_backward`` a step begins in backward: decide before.
+        """
         self._forced_boundary = is_boundary
 
     # ------------------------------------------------------------------------------------------------------ step
@@ -333,6 +357,7 @@ class Engine(nn.Module):
                 "step() was called inside no_sync(): gradients would differ between ranks. Leave it first."
             )
         boundary = self.is_gradient_accumulation_boundary()
+        self._early.check(boundary)
         self.micro_steps += 1
         if not boundary:
             return
@@ -380,6 +405,11 @@ class Engine(nn.Module):
         if self._step is None or not self._syncs:
             why = "the engine has no optimizer" if self._step is None else "it stands inside no_sync()"
             raise StateError(f"{caller} was called, but {why}. Call it between the last backward pass and step().")
+        if self.steps_in_backward:
+            raise StateError(
+                f"{caller} was called, but shardwise.step_in_backward steps units before all gradients are known. Drop "
+                "the call, or set step_in_backward to false."
+            )
         self._schedule.reshard_all()
         return self._step
 
@@ -395,11 +425,13 @@ class Engine(nn.Module):
             ConfigError: a parameter is not the model's, or was frozen when the engine was built.
         """
         if self._step is not None:
+            self._early.refuse_under_way("the adding of a group to the optimizer")
             self._step.take_in_new_groups()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this step, also after a pass that raised (then call it on every rank)."""
         self._hooks.recover()
+        self._early.refuse("zero_grad()")
         if self._step is not None:
             self._step.clear_gradients()
         else:
@@ -450,6 +482,7 @@ class Engine(nn.Module):
 
     def memory_report(self) -> MemoryReport:
         """Bytes that this rank holds now."""
+        self._early.rest()
         return report_memory(self._comm, self._units, self._step, self._offloading, self._background.kept_bytes)
 
     def comms_summary(self) -> CommsSummary:
@@ -473,6 +506,7 @@ class Engine(nn.Module):
         self._check_open()
         if self._hooks.in_backward:
             raise StateError("gathered_parameters() was entered inside a backward pass. Enter it between passes.")
+        self._early.refuse("gathered_parameters()")
         self._schedule.hold(self._units)
         try:
             yield
@@ -483,12 +517,15 @@ class Engine(nn.Module):
         """Where this engine holds ``parameter``; None if it is not the model's."""
         if parameter not in self._owners:
             return None
+        if not self._hooks.in_backward:
+            self._early.refuse(f"a look at parameter {self._name_of(parameter)!r}")
         return Held(self._comm, self._schedule, self._step, *self._owners[parameter], self._scaler.scale,
                     self.global_steps, self._hooks.in_backward)  # fmt: skip
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped model's state dict, whole, on the CPU of every rank. Collective; whole one unit at a time."""
         self._check_open()
+        self._early.refuse("state_dict()")
         values: dict[torch.Tensor, torch.Tensor] = {}
         for unit in self._units:
             was_whole = not unit.is_sharded or unit.is_whole
@@ -532,6 +569,7 @@ class Engine(nn.Module):
             ConfigError: names or shapes do not fit; nothing was changed then.
         """
         self._check_open()
+        self._early.refuse("load_state_dict()")
         own = self._references()
         missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
         wrong = [
@@ -578,6 +616,8 @@ class Engine(nn.Module):
 
     def trained(self, name: str = "pytorch_model") -> Trained:
         """What a checkpoint keeps of this engine, under ``name``."""
+        self._notice_given_up()
+        self._early.refuse_under_way("a checkpoint")
         counters = {
             "global_steps": self.global_steps,
             "micro_steps": self.micro_steps,
@@ -621,7 +661,7 @@ class Engine(nn.Module):
         Raises:
             CheckpointError: it could not be written; what was complete in ``save_dir`` still is.
         """
-        self._check_checkpointable("save_checkpoint")
+        self.check_savable("save_checkpoint")
         if keep_last is not None and keep_last < 1:
             raise ConfigError(f"save_checkpoint(keep_last={keep_last}): expected at least 1, or None to keep all.")
         place = Place(Path(save_dir), f"global_step{self.global_steps}" if tag is None else str(tag), save_latest,
@@ -669,7 +709,10 @@ class Engine(nn.Module):
         Raises:
             CheckpointError: it is of another model, or damaged; the engine is as it was.
         """
-        self._check_checkpointable("load_checkpoint")
+        self._check_open()
+        self._notice_given_up()
+        self._check_between_steps("load_checkpoint")
+        self._early.refuse_under_way("load_checkpoint()")
         self.wait_for_checkpoint()
         full = not load_module_only
         wishes = Wishes(full and load_optimizer_states, full and load_lr_scheduler_states, load_module_strict)
@@ -714,7 +757,7 @@ class Engine(nn.Module):
         Raises:
             ConfigError: stage 3, and the configuration does not allow gathering whole weights.
         """
-        self._check_checkpointable("save_16bit_model")
+        self.check_savable("save_16bit_model")
         zero = self._config.zero_optimization
         if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
             raise ConfigError(
@@ -741,7 +784,7 @@ class Engine(nn.Module):
             safetensors: shards of safetensors, or files for ``torch.load``.
             exclude_frozen_parameters: leave frozen parameters out.
         """
-        self._check_checkpointable("write_weights")
+        self.check_savable("write_weights")
         write_engine(self.trained(), Path(output), max_shard_size, safetensors, not exclude_frozen_parameters)
 
     def export_pretrained(self, output: PathLike, max_shard_size: int | str = "5GB") -> None:
@@ -754,7 +797,7 @@ class Engine(nn.Module):
         Raises:
             ConfigError: the model is none of transformers.
         """
-        self._check_checkpointable("export_pretrained")
+        self.check_savable("export_pretrained")
         export_pretrained(self.trained(), self.module, Path(output), max_shard_size)
 
     def export_dcp(self, output: PathLike) -> None:
@@ -765,7 +808,7 @@ class Engine(nn.Module):
         Args:
             output: a directory that does not exist, or is empty.
         """
-        self._check_checkpointable("export_dcp")
+        self.check_savable("export_dcp")
         self.wait_for_checkpoint()
         export_dcp(self.trained(), Path(output))
 
@@ -774,11 +817,21 @@ class Engine(nn.Module):
 
         Needs memory for it and for one parameter more on rank 0, for one parameter elsewhere.
         """
-        self._check_checkpointable("gather_state_dict")
+        self.check_savable("gather_state_dict")
         return gather_engine(self.trained())
 
-    def _check_checkpointable(self, caller: str) -> None:
+    def _notice_given_up(self) -> None:
+        """A pass that raised has begun a step: a load may follow, for it replaces what is stepped in part."""
+        if self._early.begins_steps and not torch_compat.in_backward():
+            self._hooks.recover()
+
+    def check_savable(self, caller: str) -> None:
+        """StateError where this is no moment to save parameters and states."""
         self._check_open()
+        self._check_between_steps(caller)
+        self._early.refuse(f"{caller}()")
+
+    def _check_between_steps(self, caller: str) -> None:
         if self._hooks.in_backward:
             raise StateError(f"{caller}() was called inside a backward pass. Call it between steps.")
 

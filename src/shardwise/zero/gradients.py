@@ -53,12 +53,19 @@ class GradientHome(Protocol):
     def multiply(self, factor: float) -> None:
         """Multiply what the optimizer sees."""
 
-    def fill(self, place: Span, window: torch.Tensor) -> None:
-        """Make ``window`` [place] in host memory what the optimizer is to see there, where it works on such memory.
+    @property
+    def is_in_store(self) -> bool:
+        """Whether the store brings the gradient to its step."""
+
+    def take_norms(self) -> None:
+        """Let ``norms`` be what they are now, for the optimizer may change its gradient."""
+
+    def for_window(self, place: Span, window: torch.Tensor) -> torch.Tensor:
+        """[place] What the optimizer is to see there, in host memory: ``window``, or memory of its own.
 
         Args:
             place: elements of the optimizer's span, counted from its begin.
-            window: what the store held of them.
+            window: what the store held of them, if the gradient is there; else of any content.
         """
 
     def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
@@ -143,10 +150,16 @@ class _InMemory:
     for_optimizer: torch.Tensor
 
     layout: Layout
+    is_in_store = False
+    _norms: torch.Tensor | None = None
 
     def norms(self) -> torch.Tensor:
         """Of the shard at once: the bits do not depend on how the optimizer cuts it."""
-        return norms_of(self.owned, self.layout)
+        return norms_of(self.owned, self.layout) if self._norms is None else self._norms
+
+    def take_norms(self) -> None:
+        """Until ``clear``."""
+        self._norms = norms_of(self.owned, self.layout)
 
     def clamp(self, bound: float) -> None:
         """In place."""
@@ -156,9 +169,9 @@ class _InMemory:
         """In place."""
         self.for_optimizer.mul_(factor)
 
-    def fill(self, place: Span, window: torch.Tensor) -> None:
+    def for_window(self, place: Span, window: torch.Tensor) -> torch.Tensor:
         """From the device."""
-        window.copy_(self.for_optimizer[place.begin : place.end])
+        return window.copy_(self.for_optimizer[place.begin : place.end])
 
 
 class Then:
@@ -262,6 +275,7 @@ class ResidentGradients(_InMemory):
         self._slots.clear()
         self._reduced = False
         self._carry = None
+        self._norms = None
 
     def resting_tensors(self) -> list[torch.Tensor]:
         """The whole buffer."""
@@ -381,6 +395,7 @@ class TransientGradients(_InMemory):
         """The next reduction overwrites the shard."""
         self._pass.clear()
         self._holds_gradient = False
+        self._norms = None
 
     def resting_tensors(self) -> list[torch.Tensor]:
         """The shard."""

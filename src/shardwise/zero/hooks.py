@@ -193,10 +193,11 @@ class Hooks:
     def _begin_backward(self) -> None:
         if self.in_backward:
             return
+        reduces = self._reduces_now()
+        self._reducer.begin(reduces)
         self.in_backward = True
         self._backward = torch_compat.current_backward()
-        self._reducing = self._reduces_now()
-        self._reducer.begin()
+        self._reducing = reduces
         for unit in self._units:
             unit.begin_backward()
         torch_compat.queue_end_of_backward(self._end_of_backward)

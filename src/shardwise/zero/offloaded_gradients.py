@@ -1,18 +1,81 @@
-"""Gradients that leave the device as soon as they are averaged, and come back window by window for their step."""
+"""Gradients that leave the device as soon as they are averaged, and come back window by window for their step.
+
+Where a unit is stepped at once its gradient does not go to a file: it *lands* in memory that is lent for that.
+"""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 
 from shardwise.comm.base import CollectiveId, Communicator, Done, Pending
 from shardwise.layout import Span
+from shardwise.store.aligned import Slab
+from shardwise.store.beside import Beside
 from shardwise.zero.gradients import OnePass, SoFar, Then, norms_of
 from shardwise.zero.guard import guard
 from shardwise.zero.shard_states import GRADIENT, ShardStates
 
 
+class _Shelf(Protocol):
+    """Where a reduced shard waits for its step."""
+
+    def memory(self) -> torch.Tensor | None:
+        """[shard] where the reduction may sum into the shelf itself; else None."""
+
+    def put(self, owned: torch.Tensor) -> None:
+        """Keep ``owned`` [shard]; a copy may go on when this returns."""
+
+    def window(self, place: Span, window: torch.Tensor) -> torch.Tensor:
+        """[place] the gradient there; ``window`` holds what a store brought."""
+
+
+class _InStates:
+    """In the store, window by window."""
+
+    def __init__(self, states: ShardStates, span: Span) -> None:
+        self._states = states
+        self._span = span
+
+    def memory(self) -> torch.Tensor | None:
+        """A transfer is needed."""
+        return None
+
+    def put(self, owned: torch.Tensor) -> None:
+        """To the store."""
+        self._states.write(GRADIENT, self._span, owned)
+
+    def window(self, place: Span, window: torch.Tensor) -> torch.Tensor:
+        """From the store."""
+        return window
+
+
+class _Landed:
+    """In host memory that was lent until the step is over."""
+
+    def __init__(self, shard: torch.Tensor, beside: Beside) -> None:
+        self._shard = shard
+        self._beside = beside
+
+    def memory(self) -> torch.Tensor | None:
+        """Of the device where that is the CPU."""
+        return None if self._beside.is_there else self._shard
+
+    def put(self, owned: torch.Tensor) -> None:
+        """On the second stream, which the step's thread waits for."""
+        if owned is not self._shard:
+            with self._beside.run():
+                self._shard.copy_(owned, non_blocking=True)
+            self._beside.holds(owned)
+
+    def window(self, place: Span, window: torch.Tensor) -> torch.Tensor:
+        """A view."""
+        return self._shard[place.begin : place.end]
+
+
 class OffloadedGradients:
-    """Only a store holds this rank's shard of the averaged gradient; a whole buffer is borrowed for one backward pass.
+    """Only a shelf holds this rank's shard of the averaged gradient; a whole buffer is borrowed for one backward pass.
 
     The norm is taken while the shard is whole in memory, so its bits are those of gradients that stay there. A factor
     is not applied before the gradient is in memory anyway: for its step.
@@ -27,6 +90,8 @@ class OffloadedGradients:
         self._span = comm.my_span(self.layout.cuts)
         self.for_optimizer = guard(torch.Size([self._span.numel]), dtype, torch.device("cpu"))
         self._norms = torch.zeros(1, dtype=dtype, device=comm.device)
+        self._store_shelf: _Shelf = _InStates(states, self._span)
+        self._shelf: _Shelf = self._store_shelf
         self._factor = 1.0
         self._holds_gradient = False
 
@@ -49,22 +114,42 @@ class OffloadedGradients:
         """Later, in ``fill``."""
         self._factor *= factor
 
-    def fill(self, place: Span, window: torch.Tensor) -> None:
-        """The store brought the gradient; the factor is left to do."""
-        if self._factor != 1.0:
-            window.mul_(self._factor)
+    @property
+    def is_in_store(self) -> bool:
+        """Unless it has landed."""
+        return self._shelf is self._store_shelf
+
+    def take_norms(self) -> None:
+        """They were taken when the shard was whole."""
+
+    def for_window(self, place: Span, window: torch.Tensor) -> torch.Tensor:
+        """From the shelf; the factor is left to do."""
+        gradient = self._shelf.window(place, window)
+        return gradient if self._factor == 1.0 else gradient.mul_(self._factor)
+
+    @property
+    def landing_bytes(self) -> int:
+        """Memory that the shard needs to land in; 0 where the store is memory itself."""
+        return 0 if self._states.in_memory else self._span.numel * self._dtype.itemsize
+
+    def land_in(self, memory: Slab) -> None:
+        """The next reduction is the last one before the step, which follows at once: until ``clear``."""
+        self._shelf = _Landed(memory.tensor(self._dtype, 0, self._span.numel), self._states.beside)
 
     def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
         """Into the buffer of the pass."""
         self._pass.add(index, gradient, keep)
 
     def reduce(self, identity: CollectiveId) -> Pending:
-        """The shard lives between the start of the reduction and its end, in memory that the transport lends."""
+        """Between its start and its end the shard lives in memory of the shelf, or of the transport."""
         buffer = self._pass.take()
         accumulate, self._holds_gradient = self._holds_gradient, True
-        # The first reduction of a step may sum into the buffer itself.
-        in_place = not accumulate and buffer.dtype == self._dtype
-        owned = self._comm.my_slice(buffer, self.layout.cuts) if in_place else self._borrow()
+        lent, owned = None, self._shelf.memory()
+        if owned is None and not accumulate and buffer.dtype == self._dtype:
+            # The first reduction of a step may sum into the buffer itself.
+            owned = self._comm.my_slice(buffer, self.layout.cuts)
+        elif owned is None:
+            lent = owned = self._comm.borrow(self._span.numel, self._dtype)
         if accumulate:
             self._states.read(GRADIENT, self._span, owned)
         pending = self._comm.reduce_scatter(identity, buffer, self.layout.cuts, owned, accumulate)
@@ -72,20 +157,17 @@ class OffloadedGradients:
         def keep() -> None:
             self._keep(owned)
             self._comm.give_back(buffer)
-            if not in_place:
-                self._comm.give_back(owned)
+            if lent is not None:
+                self._comm.give_back(lent)
 
         if isinstance(pending, Done):  # nothing travels: what is written can be written beside the units to come
             keep()
             return pending
         return Then(pending, keep)
 
-    def _borrow(self) -> torch.Tensor:
-        return self._comm.borrow(self._span.numel, self._dtype)
-
     def _keep(self, owned: torch.Tensor) -> None:
         self._norms = norms_of(owned, self.layout)
-        self._states.write(GRADIENT, self._span, owned)
+        self._shelf.put(owned)
 
     def _owned_so_far(self) -> torch.Tensor:
         owned = torch.empty(self._span.numel, dtype=self._dtype, device=self._comm.device)
@@ -114,6 +196,7 @@ class OffloadedGradients:
         self._pass.clear()
         self._holds_gradient = False
         self._factor = 1.0
+        self._shelf = self._store_shelf
 
     def resting_tensors(self) -> list[torch.Tensor]:
         """Nothing rests in memory."""

@@ -25,6 +25,7 @@ from shardwise.store.io_settings import IOSettings
 from shardwise.store.run_directory import RunDirectory, new_run_id
 from shardwise.store.swap_file import SwapFile
 from shardwise.zero.form import Codes
+from shardwise.zero.landings import Landings
 from shardwise.zero.offload import ON_THE_DEVICE, Offload, Place, Places
 from shardwise.zero.offloaded_parameters import NearShards, ShardPlace
 from shardwise.zero.shard_states import (
@@ -104,6 +105,7 @@ class Offloading:
         self._state_store: Store | None = None
         self._parameter_staging: Staging | None = None
         self._state_staging: Staging | None = None
+        self._landings: Landings | None = None
         self._beside = Beside(comm.device)
         self._near = NearShards()
         self._places: list[Places] = []
@@ -288,6 +290,25 @@ class Offloading:
     def _stores(self) -> list[Store]:
         return [store for store in (self._parameter_store, self._state_store) if store is not None]
 
+    def open_landings(self, num_slabs: int, slab_bytes: int) -> Landings:
+        """Memory for gradients that are stepped as soon as they are reduced. Collective.
+
+        Raises:
+            ConfigError: some rank cannot have it.
+        """
+        opened: list[Landings] = []
+        self._on_every_rank(
+            "the room for gradients that are stepped at once",
+            lambda: opened.append(Landings(num_slabs, slab_bytes, self._pins(self._optimizer.pin_memory))),
+        )
+        (self._landings,) = opened
+        return self._landings
+
+    @property
+    def beside(self) -> Beside:
+        """Copies of states between the device and host memory."""
+        return self._beside
+
     @property
     def overlaps(self) -> bool:
         """Whether making a unit whole goes on beside compute: copies to a GPU do."""
@@ -319,8 +340,9 @@ class Offloading:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of stores and staging."""
-        stagings = [staging for staging in (self._parameter_staging, self._state_staging) if staging is not None]
+        """Host memory of stores, staging and landings."""
+        every = (self._parameter_staging, self._state_staging, self._landings)
+        stagings = [staging for staging in every if staging is not None]
         return sum(store.host_bytes for store in self._stores()) + sum(staging.num_bytes for staging in stagings)
 
     @property
@@ -343,7 +365,9 @@ class Offloading:
                 with suppress(StorageError):  # whoever needed it was told; now nobody does
                     staging.drain()
                 staging.close()
-        self._parameter_staging = self._state_staging = None
+        if self._landings is not None:
+            self._landings.close()
+        self._parameter_staging = self._state_staging = self._landings = None
         for store in self._stores():
             store.close()
         self._parameter_store = self._state_store = None

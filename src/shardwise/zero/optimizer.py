@@ -10,6 +10,7 @@ A parameter that got no gradient on any rank is left out of the step, as plain t
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,7 +102,8 @@ class ShardedOptimizer:
             unit: [run for segment in unit.segments for run in self._cut(segment)] for unit in units
         }
         self._batches = [[unit] for unit in units] if unit_by_unit and traits.streamable else [list(units)]
-        self._stepping = False
+        self._stepping: int | None = None
+        """The thread that is inside ``step``."""
         self._known_groups = len(inner.param_groups)
         self._take_over_state()
         self._point_groups(run for runs in self._runs.values() for run in runs)
@@ -151,11 +153,14 @@ class ShardedOptimizer:
 
     # ----------------------------------------------------------------------------------------------------- step
 
-    def step(self, unused: frozenset[str]) -> Iterator[list[Unit]]:
-        """Step everything but the parameters named in ``unused``; yields units as they are done."""
+    def step(self, unused: frozenset[str], stepped: frozenset[Unit]) -> Iterator[list[Unit]]:
+        """Step everything but the parameters named in ``unused``; yields units as they are done.
+
+        ``stepped``: units whose states off the device were stepped before; they are yielded, too.
+        """
         if unused:
             self._split_runs(unused)
-        self._stepping = True
+        self._stepping = threading.get_ident()
         try:
             for batch in self._batches:
                 used = [run for unit in batch for run in self._runs[unit] if not unused or not is_unused(run, unused)]
@@ -164,13 +169,13 @@ class ShardedOptimizer:
                     self.inner.step()
                 yield batch
         finally:
-            self._stepping = False
+            self._stepping = None
             self._point_groups(run for runs in self._runs.values() for run in runs)
 
     @property
     def stepping(self) -> bool:
-        """Whether the engine is inside ``step``: anybody else must not step the inner optimizer."""
-        return self._stepping
+        """Whether the engine steps in the calling thread: anybody else must not step the inner optimizer."""
+        return self._stepping == threading.get_ident()
 
     def _split_runs(self, unused: frozenset[str]) -> None:
         """Cut runs in which used and unused parameters meet, so that each has its own state from now on."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from shardwise.comm.base import Pending
+from shardwise.zero.early_steps import EarlySteps
 from shardwise.zero.unit import Unit
 
 MAX_IN_FLIGHT = 1
@@ -28,14 +29,16 @@ class Reducer:
         units: all units.
         overlap: start a reduction without waiting for its end.
         forgets: the transport lets reductions be dropped.
+        early: told of each unit's reduction.
     """
 
-    def __init__(self, units: Iterable[Unit], overlap: bool, forgets: bool) -> None:
+    def __init__(self, units: Iterable[Unit], overlap: bool, forgets: bool, early: EarlySteps) -> None:
         self._forgets = forgets
+        self._early = early
         self._units: list[Unit] = [unit for unit in units if unit.trainable]
         self._order: list[Unit] = self._units[::-1]
         self._overlap = overlap
-        self._in_flight: list[list[Pending]] = []
+        self._in_flight: list[tuple[Unit, list[Pending]]] = []
         self._complete: set[Unit] = set()
         self._next = 0
         self._completed_order: list[Unit] = []
@@ -67,8 +70,12 @@ class Reducer:
         """Whether the pass that begins is expected to be the last one of its step."""
         return self.num_passes + 1 == self._expected_passes
 
-    def begin(self) -> None:
-        """A backward pass starts."""
+    def begin(self, reduces: bool) -> None:
+        """A backward pass starts, in which units are reduced or not."""
+        self._early.begin_pass(self._order, reduces)
+        self._begin()
+
+    def _begin(self) -> None:
         self._complete.clear()
         self._completed_order.clear()
         self._next = 0
@@ -87,6 +94,7 @@ class Reducer:
             self._start(unit, step)
         self._next = len(self._order)
         self._finish(keep=0)
+        self._early.end_pass()
 
     def reduce_now(self, units: Iterable[Unit], step: int) -> None:
         """Reduce what was left over by passes that did not reduce; all ranks name the same units."""
@@ -96,14 +104,17 @@ class Reducer:
 
     def _start(self, unit: Unit, step: int) -> None:
         self._finish(keep=MAX_IN_FLIGHT - 1)
-        self._in_flight.append(unit.reduce(step))
+        self._early.prepare(unit)
+        self._in_flight.append((unit, unit.reduce(step)))
         if not self._overlap:
             self._finish(keep=0)
 
     def _finish(self, keep: int) -> None:
         while len(self._in_flight) > keep:
-            for pending in self._in_flight.pop(0):
+            unit, reductions = self._in_flight.pop(0)
+            for pending in reductions:
                 pending.wait()
+            self._early.reduced(unit)
 
     def finish(self) -> None:
         """Wait for all that travels."""
@@ -111,7 +122,8 @@ class Reducer:
 
     def abandon(self) -> None:
         """A pass was given up: forget what waited, and what travels or its result."""
+        self._early.abandon()
         if self._forgets:
             self._in_flight.clear()
         self._finish(keep=0)
-        self.begin()
+        self._begin()

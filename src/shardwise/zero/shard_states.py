@@ -117,6 +117,11 @@ class Loaded:
         self._plan = plan
         self._transfers = list(transfers)
 
+    @property
+    def transfers(self) -> Sequence[Transfer]:
+        """What brings it, and what its memory waits for."""
+        return self._transfers
+
     def also(self, transfer: Transfer) -> None:
         """Something else that brings a part of the window."""
         self._transfers.append(transfer)
@@ -156,10 +161,15 @@ class ShardStates:
         self.plan = plan
         self.beside = beside
         # Where the store is memory that is worked on in place, the parameters' values have a place there, too.
-        size = plan.memory_bytes if isinstance(store, HostMemory) else plan.kept_bytes
-        self.windows = [Window(span, store.reserve(size(span.numel))) for span in spans]
         self._store = store
+        size = plan.memory_bytes if self.in_memory else plan.kept_bytes
+        self.windows = [Window(span, store.reserve(size(span.numel))) for span in spans]
         self._staging = staging
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the store is memory: windows are worked on in place, and gradients have a place there."""
+        return isinstance(self._store, HostMemory)
 
     def window_bytes(self) -> int:
         """Bytes of the largest window in memory."""
@@ -198,6 +208,11 @@ class ShardStates:
             memory = loaded.memory.bytes(begin, end - begin)
             transfers.append(self._store.start_write(loaded.window.extent, begin, memory))
         self._staging().give_back(loaded.memory, after=transfers)
+
+    def let_go(self, loaded: Loaded) -> None:
+        """Give up the window's memory; nothing of it is taken back."""
+        if self._store.in_place(loaded.window.extent) is None:
+            self._staging().give_back(loaded.memory, after=loaded.transfers)
 
     def _bounds(self, kinds: Sequence[str], window: Window) -> tuple[int, int]:
         """The first byte of ``kinds`` and the one behind the last."""

@@ -21,6 +21,7 @@ from shardwise.errors import ConfigError
 from shardwise.layout import Span
 from shardwise.precision import LossScaler
 from shardwise.zero.agreement import agree, agree_unused, sum_of_squares
+from shardwise.zero.early_steps import EarlySteps
 from shardwise.zero.invariants import check_home, check_reduced
 from shardwise.zero.optimizer import SavedStates, ShardedOptimizer, StatePiece, describe, others_beside, split_state
 from shardwise.zero.reducer import Reducer
@@ -123,6 +124,7 @@ class ShardedStep:
         optimizer: ShardedOptimizer,
         owners: Mapping[torch.Tensor, tuple[Unit, int, int]],
         scaler: LossScaler,
+        early: EarlySteps,
     ) -> None:
         self._comm = comm
         self._all_units = units
@@ -131,6 +133,7 @@ class ShardedStep:
         self._optimizer = optimizer
         self._owners = owners
         self._scaler = scaler
+        self._early = early
         self.readers = StateReaders(optimizer.inner)
         self._settled: _Settled | None = None
 
@@ -170,9 +173,10 @@ class ShardedStep:
         overflow = self._scaler.skips_overflows and not math.isfinite(grad_norm)
         if not overflow:
             unused = agree_unused(self._comm, self._units, step) if settled.any_unused else frozenset()
-            self._spread_gradients(step)
-            self._multiply_gradients(clip_coefficient(grad_norm, max_norm) / self._scaler.scale)
-            self._step_and_publish(unused, step)
+            with self._early.finishing() as stepped:
+                self._spread_gradients(step)
+                self._multiply_gradients(clip_coefficient(grad_norm, max_norm) / self._scaler.scale)
+                self._step_and_publish(unused, stepped, step)
         self._scaler.update(overflow)
         self.clear_gradients()
         return Outcome(applied=not overflow, grad_norm=grad_norm)
@@ -193,10 +197,10 @@ class ShardedStep:
                 for _, gradients in unit.trainable:
                     gradients.multiply(factor)
 
-    def _step_and_publish(self, unused: frozenset[str], step: int) -> None:
+    def _step_and_publish(self, unused: frozenset[str], stepped: frozenset[Unit], step: int) -> None:
         """Transports that work beside compute carry a unit's new values while the next unit is stepped."""
         publications: list[Pending] = []
-        for batch in self._optimizer.step(unused):
+        for batch in self._optimizer.step(unused, stepped):
             publications += [pending for unit in batch for pending in unit.publish(step)]
         self._comm.publish()
         for publication in publications:
@@ -248,7 +252,13 @@ class ShardedStep:
 
     def read_states(self, saved: SavedStates) -> Callable[[], None]:
         """Read the state of this rank's runs; what is returned puts it in the place of the present one."""
-        return self._optimizer.read_states(saved)
+        install = self._optimizer.read_states(saved)
+
+        def replace() -> None:
+            install()
+            self._early.mend()
+
+        return replace
 
     def local_gradient_bytes(self) -> int:
         """All gradients are in units."""
@@ -256,6 +266,7 @@ class ShardedStep:
 
     def close(self) -> None:
         """Let the optimizer go."""
+        self._early.close()
         self.readers.close()
         self._optimizer.close()
 

@@ -12,9 +12,9 @@ while the window is in memory. Where the store is itself memory, nothing moves.
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -25,21 +25,9 @@ from shardwise.zero.guard import guard
 from shardwise.zero.offloaded_parameters import OffloadedParameters
 from shardwise.zero.optimizer import Run, SavedStates, ShardedOptimizer, is_unused, others_beside, split_state
 from shardwise.zero.rest import Rest
-from shardwise.zero.shard_states import GRADIENT, MASTER, VALUES, Loaded, ShardStates, Window
+from shardwise.zero.shard_states import GRADIENT, MASTER, VALUES, Loaded, ShardStates
 from shardwise.zero.unit import Segment, Unit
-
-
-@dataclass(slots=True)
-class _Visit:
-    """One window of the stream."""
-
-    unit: Unit
-    segment: Segment
-    states: ShardStates
-    window: Window
-    runs: list[Run]
-    """What is stepped there."""
-    loaded: Loaded | None = None
+from shardwise.zero.window_stream import Visit, WindowStream
 
 
 class StreamedOptimizer(ShardedOptimizer):
@@ -107,16 +95,16 @@ class StreamedOptimizer(ShardedOptimizer):
 
     # ------------------------------------------------------------------------------------------------------ step
 
-    def step(self, unused: frozenset[str]) -> Iterator[list[Unit]]:
+    def step(self, unused: frozenset[str], stepped: frozenset[Unit]) -> Iterator[list[Unit]]:
         """Step everything but the parameters named in ``unused``; yields units as they are done."""
         if unused:
             self._split_runs(unused)
-        self._stepping = True
+        self._stepping = threading.get_ident()
         try:
             yield self._step_resident(unused)
-            yield from self._stream(unused)
+            yield from self._step_streamed(unused, stepped)
         finally:
-            self._stepping = False
+            self._stepping = None
             self._point_groups(run for runs in self._runs.values() for run in runs)
 
     def _step_resident(self, unused: frozenset[str]) -> list[Unit]:
@@ -128,22 +116,39 @@ class StreamedOptimizer(ShardedOptimizer):
             self.inner.step()
         return [unit for unit in self._runs if unit not in self._streamed]
 
-    def _stream(self, unused: frozenset[str]) -> Iterator[list[Unit]]:
+    def _step_streamed(self, unused: frozenset[str], stepped: frozenset[Unit]) -> Iterator[list[Unit]]:
         """Window by window; a unit is yielded on every rank, also where this rank has nothing to step of it."""
-        visits = [visit for unit in self._streamed for visit in self._visits(unit, unused)]
-        following = iter(visits)
-        coming: deque[_Visit] = deque()
+        units = [unit for unit in self._streamed if unit not in stepped]
+        stream = WindowStream(units, partial(self._visits, unused=unused), self._depth, self._start_load)
         for unit in self._streamed:
-            while True:
-                while len(coming) < self._depth and (visit := next(following, None)) is not None:
-                    self._start_load(visit)
-                    coming.append(visit)
-                if not coming or coming[0].unit is not unit:
-                    break
-                self._step_window(coming.popleft())
+            while (visit := stream.next_of(unit)) is not None:
+                self._step_window(visit)
             yield [unit]
 
-    def _visits(self, unit: Unit, unused: frozenset[str]) -> Iterator[_Visit]:
+    def streams(self, unit: Unit) -> bool:
+        """Whether some of its states rest off the device."""
+        return unit in self._streamed
+
+    def early_stream(self, order: Sequence[Unit]) -> WindowStream:
+        """For ``step_early``, the windows of those of these units that are streamed; their gradients come elsewhere.
+
+        A slab is left for those who bring gradients to the store meanwhile.
+        """
+        units = [unit for unit in order if self.streams(unit)]
+        visits_of = partial(self._visits, unused=frozenset())
+        return WindowStream(units, visits_of, max(1, self._depth - 1), partial(self._start_load, with_gradient=False))
+
+    def step_early(self, unit: Unit, stream: WindowStream) -> None:
+        """Step what of a unit rests off the device, before ``step``, in any thread; all its parameters are used."""
+        self._stepping = threading.get_ident()
+        try:
+            stream.skip_to(unit)
+            while (visit := stream.next_of(unit)) is not None:
+                self._step_window(visit)
+        finally:
+            self._stepping = None
+
+    def _visits(self, unit: Unit, unused: frozenset[str]) -> Iterator[Visit]:
         for segment in unit.segments:
             if segment.states is None or segment.gradients is None:
                 continue
@@ -152,29 +157,30 @@ class StreamedOptimizer(ShardedOptimizer):
                 runs = [run for run in own if run.span.intersect(window.span).numel]
                 used = [run for run in runs if not unused or not is_unused(run, unused)]
                 if used:
-                    yield _Visit(unit, segment, segment.states, window, used)
+                    yield Visit(unit, segment, segment.states, window, used)
 
-    def _start_load(self, visit: _Visit) -> None:
-        plan, home = visit.states.plan, visit.segment.parameters
+    def _start_load(self, visit: Visit, with_gradient: bool = True) -> None:
+        plan, home, gradients = visit.states.plan, visit.segment.parameters, visit.segment.gradients
         has_state = any(self._kept.get(run.tensor) for run in visit.runs)
-        loaded = visit.states.start_load(
-            visit.window, [kind for kind, _ in plan.kinds if has_state or kind not in plan.state_kinds]
-        )
+        kinds = [kind for kind, _ in plan.kinds if has_state or kind not in plan.state_kinds]
+        if not with_gradient or (gradients is not None and not gradients.is_in_store):
+            kinds = [kind for kind in kinds if kind != GRADIENT]
+        loaded = visit.states.start_load(visit.window, kinds)
         if plan.values is not None and not plan.holds(MASTER):
             assert isinstance(home, OffloadedParameters)
             loaded.also(home.start_read(visit.window.span, loaded.bytes(VALUES)))
         visit.loaded = loaded
 
-    def _step_window(self, visit: _Visit) -> None:
+    def _step_window(self, visit: Visit) -> None:
         plan, loaded = visit.states.plan, visit.loaded
         assert loaded is not None
         loaded.wait()
-        if plan.holds(GRADIENT) and visit.segment.gradients is not None:
-            span = visit.window.span
-            place = span.shift(-visit.segment.parameters.master_span.begin)
-            visit.segment.gradients.fill(place, loaded.values(GRADIENT, span))
+        gradient = self._gradient(visit, loaded)
         for run in visit.runs:
             self._bind(run, visit.states, loaded)
+            if gradient is not None:
+                place = run.span.shift(-visit.window.span.begin)
+                run.tensor.grad = gradient[place.begin : place.end].view(run.tensor.shape)
         self._point_groups(visit.runs)
         self.inner.step()
         for run in visit.runs:
@@ -182,7 +188,16 @@ class StreamedOptimizer(ShardedOptimizer):
         leaving = self._hand_over(visit, loaded)
         visit.states.start_keep(loaded, [kind for kind, _ in plan.kinds if kind != GRADIENT], leaving)
 
-    def _hand_over(self, visit: _Visit, loaded: Loaded) -> Sequence[Transfer]:
+    @staticmethod
+    def _gradient(visit: Visit, loaded: Loaded) -> torch.Tensor | None:
+        """[window] what is stepped with; None where it is the tensors' own already."""
+        if not visit.states.plan.holds(GRADIENT) or visit.segment.gradients is None:
+            return None
+        span = visit.window.span
+        place = span.shift(-visit.segment.parameters.master_span.begin)
+        return visit.segment.gradients.for_window(place, loaded.values(GRADIENT, span))
+
+    def _hand_over(self, visit: Visit, loaded: Loaded) -> Sequence[Transfer]:
         """The stepped values, to where the parameters rest; nothing where they were stepped in their own memory."""
         plan, span = visit.states.plan, visit.window.span
         if plan.holds(MASTER):
@@ -201,8 +216,6 @@ class StreamedOptimizer(ShardedOptimizer):
         source = MASTER if plan.holds(MASTER) else VALUES if plan.values is not None else None
         if source is not None:
             tensor.data = loaded.values(source, run.span).view(tensor.shape)
-        if plan.holds(GRADIENT):
-            tensor.grad = loaded.values(GRADIENT, run.span).view(tensor.shape)
         for kind in self._kept.get(tensor, ()):
             self.inner.state[tensor][kind] = loaded.values(kind, run.span).view(tensor.shape)
 

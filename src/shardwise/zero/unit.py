@@ -152,6 +152,8 @@ class Unit:
         self.training_state = TrainingState.IDLE
         self.forwards_in_graph = 0
         """Calls of the module whose backward has not ended yet."""
+        self.is_outdated = False
+        """Whether its step has begun before all gradients of the step under way were known."""
         self._num_taken = 0
         self._waiting_for_gather = False
         self._rounds = rounds
@@ -201,10 +203,18 @@ class Unit:
         """Return when the module may run."""
         if self.state is not ShardedState.UNSHARDED:
             raise StateError(f"unit {self.name!r} is {self.state.name}: expected UNSHARDED before it is waited for.")
+        if self.is_outdated:
+            raise StateError(self._says_outdated())
         if self._waiting_for_gather:
             for segment in self.segments:
                 segment.parameters.wait_unsharded()
             self._waiting_for_gather = False
+
+    def _says_outdated(self) -> str:
+        return (
+            f"unit {self.name!r} was needed after all its gradients had come, but shardwise.step_in_backward has begun "
+            "its step then: its values are new in part. Set the key to false for a model that does so."
+        )
 
     def reshard(self) -> None:
         """Put the whole parameters away; only shards rest."""
@@ -224,6 +234,8 @@ class Unit:
 
     def take_gradient(self, segment: int, slot: int, gradient: torch.Tensor, keep: bool) -> bool:
         """Take one parameter's gradient; True when it was the last of this backward pass that was expected."""
+        if self.is_outdated:
+            raise StateError(self._says_outdated())
         self.trainable[segment][1].add(slot, gradient, keep)
         self.used[segment][slot] = 1
         self._num_taken += 1
@@ -260,6 +272,7 @@ class Unit:
     def clear_gradients(self) -> None:
         """Forget all gradients."""
         self._num_taken = 0
+        self.is_outdated = False
         for flags, (_, gradients) in zip(self.used, self.trainable, strict=True):
             flags[:] = bytes(len(flags))
             gradients.clear()
