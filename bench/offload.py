@@ -50,7 +50,10 @@ GROWING = {
     "800M": GPTShape(16, 2048, 16, 2048, 512),
 }
 BASELINE = "shardwise2_cpu"
-TRAINED = ("shardwise2_cpu", "shardwise3_cpu", "shardwise2_nvme", "shardwise3_nvme", "deepspeed2_cpu", "deepspeed3_cpu")
+TRAINED = (
+    "shardwise2_cpu", "shardwise3_cpu", "shardwise2_nvme", "shardwise2_nvme_early", "shardwise3_nvme",
+    "shardwise3_nvme_early", "deepspeed2_cpu", "deepspeed3_cpu",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

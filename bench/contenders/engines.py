@@ -158,11 +158,13 @@ def _prepare_shardwise() -> None:
     importlib.import_module("shardwise").initialize  # noqa: B018  loads the engine's modules where they load lazily
 
 
-def _build_shardwise(workload: Workload, zero: ZeroBlock) -> EngineTrainer:
+def _build_shardwise(workload: Workload, zero: ZeroBlock, own: dict[str, Any] | None = None) -> EngineTrainer:
     shardwise = importlib.import_module("shardwise")
     model = workload.build_model()
     engine, *_ = shardwise.initialize(
-        model=model, optimizer=workload.build_optimizer(model.parameters()), config=_config(workload, zero(workload))
+        model=model,
+        optimizer=workload.build_optimizer(model.parameters()),
+        config=_config(workload, zero(workload)) | {"shardwise": own or {}},
     )
     return EngineTrainer(engine, close=engine.close)
 
@@ -208,6 +210,23 @@ CONTENDERS = (
             (3, "cpu", "optimizer and parameters in host memory", "cpu", "cpu"),
             (2, "nvme", "optimizer in a file", "none", "nvme"),
             (3, "nvme", "optimizer and parameters in files", "nvme", "nvme"),
+        )
+    ),
+    *(
+        Contender(
+            f"shardwise{stage}_nvme_early",
+            f"shardwise stage {stage}, {words}, stepped in backward",
+            partial(
+                _build_shardwise,
+                zero=partial(_offloaded, stage, parameters, "nvme"),
+                own={"step_in_backward": True},
+            ),
+            _shardwise_reason_to_skip,
+            _prepare_shardwise,
+        )
+        for stage, words, parameters in (
+            (2, "optimizer in a file", "none"),
+            (3, "optimizer and parameters in files", "nvme"),
         )
     ),
     *(
