@@ -211,9 +211,9 @@ class AtOnce:
 
 
 def hides_the_step(directory: str) -> None:
-    expected, _, _ = paper.train(paper.build(), config_of(3), None)
-    layer_bytes = 4 * (paper.WIDTH * paper.WIDTH + 128)
-    disk = Disk(read_bytes_per_second=layer_bytes / 0.6, write_bytes_per_second=layer_bytes / 0.6)
+    case = paper.Case(read_seconds=0.6, write_seconds=0.6)
+    expected, _ = paper.train(case.build(), case.config(), Disk())
+    disk = case.disk()
     optimizer_step, inside, outside = shardwise.Engine.step, 0, 0
 
     def counted(engine: Any) -> None:
@@ -224,16 +224,18 @@ def hides_the_step(directory: str) -> None:
 
     config = early_config(3, "nvme", "nvme", Path(directory), window=paper.WINDOW)
     with (
-        mock.patch("shardwise.zero.offloading.SwapFile", functools.partial(paper.slow_store, disk)),
+        mock.patch("shardwise.zero.offloading.SwapFile", lambda path, io: SlowStore(disk)),
         mock.patch("shardwise.zero.early_steps.Worker", AtOnce),
         mock.patch.object(shardwise.Engine, "step", counted),
     ):
-        found, passes, steps = paper.train(paper.build(), config, disk)
+        found, spent = paper.train(case.build(), config, disk)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert inside == 0, "step() has something left to read, to write or to compute"
-    assert steps == 0.0
+    assert all(phases["step"].elapsed == 0.0 for phases in spent)
     # A pass waits for its first layer, which waits for the last window's write, and for no other window.
-    assert all(waited <= 2 * 0.6 + 0.01 for waited in passes[1:]), passes
+    for phases in spent[1:]:
+        waited = sum(phases[phase].elapsed - phases[phase].work for phase in ("forward", "backward"))
+        assert waited <= 2 * 0.6 + 0.01, phases
 
 
 def test_the_steps_transfers_are_hidden(world1: World, tmp_path: Path) -> None:
