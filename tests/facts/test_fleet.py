@@ -100,6 +100,8 @@ def test_fewer_machines_are_the_first(hostfile: str) -> None:
         ({"inclusion_filter": "alpha", "exclusion_filter": "beta"}, "Give one of them"),
         ({"multinode_launcher": "standard"}, "standard, which is you: no list of machines is read"),
         ({"hostfile": "/nowhere"}, "/nowhere.*cannot be read"),
+        ({"hostfile": "~nobody-has-this-home/hosts"}, "cannot be read: Could not determine home"),
+        ({"hostfile": "a\0b"}, "cannot be read: embedded null byte"),
     ],
 )
 def test_what_does_not_fit_the_hostfile_is_refused(hostfile: str, flags: dict[str, Any], words: str) -> None:
@@ -149,9 +151,10 @@ def test_slurm_without_an_allocation_is_refused() -> None:
 # --- where they meet -----------------------------------
 
 
-def request(flags: dict[str, Any], **program: Any) -> LaunchRequest:
-    settings = resolved(flags)
-    return request_from(settings, Program("train.py", **program), fleet_from(settings.values, {}))
+def request(flags: dict[str, Any], min_machines: int | None = None, **more: Any) -> LaunchRequest:
+    settings = resolved(flags | more)
+    program = Program("train.py", min_machines=min_machines)
+    return request_from(settings, program, fleet_from(settings.values, {}))
 
 
 def test_they_meet_at_the_first_machine_or_where_it_was_said(hostfile: str) -> None:
@@ -167,8 +170,8 @@ def test_restarts_need_machines_that_can_meet_again(hostfile: str, tmp_path: Pat
     assert request({"hostfile": hostfile}, max_restarts=1).meeting.backend == "c10d"
     with pytest.raises(ConfigError, match="by which machines meet only once"):
         request({"hostfile": hostfile, "rdzv_backend": "static"}, max_restarts=1)
-    of_file = resolved({"hostfile": hostfile}, "rdzv_backend: static\n", tmp_path)
-    wanted = request_from(of_file, Program("train.py", max_restarts=1), fleet_from(of_file.values, {}))
+    of_file = resolved({"hostfile": hostfile}, "rdzv_backend: static\nmax_restarts: 1\n", tmp_path)
+    wanted = request_from(of_file, Program("train.py"), fleet_from(of_file.values, {}))
     assert wanted.meeting.backend == "c10d"
     assert ["machines meet by c10d" in note for note in meeting_notes(of_file, wanted)] == [True]
 

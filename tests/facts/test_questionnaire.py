@@ -116,6 +116,7 @@ def test_stage_3_on_nvme_and_two_machines_asks_everything_in_order() -> None:
         num_machines="2",
         main_process_ip="10.0.0.1",
         same_network="no",
+        max_restarts="3",
         use_deepspeed="yes",
         zero_stage=3,
         offload_optimizer_device="nvme",
@@ -127,7 +128,8 @@ def test_stage_3_on_nvme_and_two_machines_asks_everything_in_order() -> None:
     answers = interview(SERVER, script)
     assert script.keys == [
         *("compute_environment", "machine_type", "num_machines", "machine_rank", "main_process_ip"),
-        *("main_process_port", "same_network", "rdzv_backend", "debug", "use_deepspeed", "use_deepspeed_config_file"),
+        *("main_process_port", "same_network", "rdzv_backend", "max_restarts", "monitor_interval", "debug"),
+        *("use_deepspeed", "use_deepspeed_config_file"),
         *("zero_stage", "offload_optimizer_device", "offload_param_device", "offload_param_nvme_path"),
         *("offload_optimizer_nvme_path", "gradient_accumulation_steps", "clip_gradients", "gradient_clipping"),
         *("zero3_save_16bit_model", "zero3_init_flag", "use_moe", "deepspeed_moe_layer_cls_names"),

@@ -161,6 +161,42 @@ def test_a_missing_launcher_is_named_with_its_package(launcher: str, words: str)
         STARTERS[launcher].check_installed()
 
 
+def program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "name", "version", "words"),
+    [
+        ("openmpi", "mpirun", "HYDRA build details:", r"mpirun calls itself HYDRA, .*openmpi-bin"),
+        ("openmpi", "mpirun", "Intel(R) MPI Library for Linux* OS", r"calls itself Intel\(R\) MPI"),
+        ("mpich", "mpiexec", "mpiexec (OpenRTE) 4.1.4", "mpiexec calls itself OpenRTE, .*install mpich"),
+        ("mvapich", "mpiexec", "mpiexec (Open MPI) 5.0.3", "mpiexec calls itself Open MPI"),
+    ],
+)
+def test_another_mpis_program_of_the_same_name_is_refused(
+    launcher: str, name: str, version: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program(tmp_path / name, f"echo '{version}'")
+    with pytest.raises(ConfigError, match=words):
+        STARTERS[launcher].check_installed()
+    program(tmp_path / name, "echo 'its own'")
+    STARTERS[launcher].check_installed()
+    program(tmp_path / name, "exit 1")
+    STARTERS[launcher].check_installed()
+
+
+def test_pdsh_without_ssh_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program(tmp_path / "pdsh", "")
+    with pytest.raises(ConfigError, match=r"pdsh works by ssh, which is not on PATH.*openssh-client"):
+        STARTERS["pdsh"].check_installed()
+    program(tmp_path / "ssh", "")
+    STARTERS["pdsh"].check_installed()
+
+
 def test_a_command_line_that_the_system_would_refuse_is_refused() -> None:
     long = replace(CAPSULE, request=replace(REQUEST, arguments=("x" * 200_000,)))
     with pytest.raises(ConfigError, match=r"more than the system takes\. Put long arguments of the script into a file"):
@@ -270,7 +306,7 @@ def test_a_manifest_hands_on_every_word_and_says_where_the_pods_meet(kind: Manif
         given, address, port = {"MACHINE_RANK": "2"}, "my-train-01-machines-0-0.my-train-01", "29500"
     for pod in pods:
         (container,) = pod["containers"]
-        assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": "4"}
         given |= {"touch executed": "oops", "X": "oops"}  # as if they were there
         words = [as_kubernetes_expands(word, given) for word in container["command"]]
         assert words == [

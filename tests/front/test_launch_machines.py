@@ -1,6 +1,7 @@
 """The fear: machines that train side by side without knowing of each other, or a device that nobody chose."""
 
 import json
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import shardwise
 from shardwise.config.run.file import file_mentions, flag_mentions, read_run_file
 from shardwise.config.run.precedence import resolve
 from shardwise.config.run.said import Asked
@@ -82,6 +84,43 @@ def test_ranks_of_two_machines_are_one_world(tmp_path: Path, backend: str) -> No
     assert {report["LOCAL_WORLD_SIZE"] for report in reports} == {"2"}
     assert [report["LOCAL_RANK"] for report in reports] == ["0", "1", "0", "1"]
     assert [report["GROUP_RANK"] for report in reports] == ["0", "0", "1", "1"]
+
+
+@pytest.mark.world
+@pytest.mark.slow
+def test_machines_that_differ_are_named_before_anything_starts(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(Path(shardwise.__file__).parent, other / "shardwise", ignore=shutil.ignore_patterns("__pycache__"))
+    start = other / "shardwise" / "__init__.py"
+    start.write_text(start.read_text().replace(f'"{shardwise.__version__}"', '"0.0.9"'))
+    out = tmp_path / "out"
+    out.mkdir()
+    common = [*SHARDWISE, "launch", "--cpu", "--num_machines", "2", "--num_processes", "2", "--main_process_port"]
+    common += [str(free_port()), "--main_process_ip", "127.0.0.1", "--machine_rank"]
+    script = [str(FIXTURES / "all_reduce.py"), str(out)]
+    machines = [
+        subprocess.Popen(
+            [*common, str(rank), *own, *script],
+            env=plain_environment(tmp_path, **variables),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, own, variables in (
+            (0, ["--zero_stage", "3"], {}),
+            (1, ["--zero_stage", "2"], {"PYTHONPATH": str(other)}),
+        )
+    ]
+    screens = [machine.communicate()[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [2, 2], screens
+    name = socket.gethostname()
+    words = (
+        f"Machine 1 ({name}) does not fit machine 0 ({name}): it has shardwise 0.0.9 instead of "
+        f"{shardwise.__version__}; setting zero_stage 2 instead of 3. Make them alike, and start all again."
+    )
+    for screen in screens:
+        assert words in screen
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("backend", ["static", "c10d"])

@@ -132,6 +132,41 @@ def test_the_end_of_machine_0_is_named_by_the_other(network: Network, tmp_path: 
     assert_nothing_is_left(network)
 
 
+@pytest.mark.parametrize("fault", ["cut", "freeze"])
+def test_machine_0_that_falls_silent_is_named_by_the_other(network: Network, tmp_path: Path, fault: str) -> None:
+    run = Run(network, tmp_path, "beta", "script:--harm wait:0:2")
+    run.wait_until(run.harmed.exists)
+    getattr(network, fault)("alpha")
+    screen = run.end()
+    assert run.process.returncode == 1
+    assert "machine 0 (alpha) is lost" in screen
+    assert f"It was not reached for {TIMEOUT_SECONDS} s" in screen
+    assert network.running("beta", "shardwise") == []
+    if fault == "freeze":
+        network.thaw("alpha")
+    assert_nothing_is_left(network)
+
+
+def test_a_rank_that_hangs_is_named_by_those_that_wait_for_it(network: Network, tmp_path: Path) -> None:
+    run = Run(network, tmp_path, "alpha", "script:--harm wait:2:2 --timeout 8")
+    screen = run.end()
+    assert run.process.returncode == 1
+    assert re.search(r"rank [013] of 4 on (alpha|beta) failed \(exit code 1\)", screen), screen
+    assert "rank 2" in screen.partition("Error: ")[2]
+    assert_nothing_is_left(network)
+
+
+def test_ctrl_c_ends_every_machine(network: Network, tmp_path: Path) -> None:
+    run = Run(network, tmp_path, "alpha", "script:--harm wait:0:2")
+    run.wait_until(run.harmed.exists)
+    (command,) = (pid for pid in network.running("alpha", "commands.main launch"))
+    os.kill(command, signal.SIGINT)
+    screen = run.end()
+    assert run.process.returncode == 128 + signal.SIGINT
+    assert "Ended by SIGINT; every machine ends its ranks" in screen
+    assert_nothing_is_left(network)
+
+
 def test_nothing_outlives_the_command_that_started_it(network: Network, tmp_path: Path) -> None:
     run = Run(network, tmp_path, "alpha", "script:--harm wait:0:2")
     run.wait_until(run.harmed.exists)

@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 
 import psutil
-import pytest
 
-from shardwise.errors import ConfigError
-from shardwise.launch.job import LaunchRequest, resolve_job
-from shardwise.launch.machine import Machine
 from tests.front.command import FIXTURES, shardwise
 
 SCRIPT = str(FIXTURES / "fail_again.py")
@@ -40,8 +36,3 @@ def test_each_failure_is_shown_and_nothing_is_left(tmp_path: Path) -> None:
     assert len(pids) == 2 * 2 + 4
     assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
     assert list(temporary.iterdir()) == []
-
-
-def test_less_than_no_restart_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--max_restarts is -1"):
-        resolve_job(LaunchRequest(SCRIPT, max_restarts=-1), Machine(num_cores=2, num_gpus=0))

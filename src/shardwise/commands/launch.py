@@ -68,15 +68,6 @@ def launch(
             rich_help_panel=_PROCESSES,
         ),
     ] = None,
-    max_restarts: Annotated[
-        int,
-        typer.Option(
-            "--max_restarts",
-            metavar="NUMBER",
-            help="How often every rank starts anew when one has failed.",
-            rich_help_panel=_PROCESSES,
-        ),
-    ] = 0,
     **settings: Any,
 ) -> None:
     """Run SCRIPT in one process per GPU of this machine, or in a few CPU processes.
@@ -111,9 +102,7 @@ def launch(
         arguments=tuple(arguments or ()),
         kind=ProgramKind.MODULE if module else ProgramKind.COMMAND if no_python else ProgramKind.SCRIPT,
         num_threads=num_cpu_threads_per_process,
-        max_restarts=max_restarts,
         min_machines=machines.machines[0] if machines.machines else None,
-        faults=machines.faults,
         gpu_flag=gpu_flag,
     )
     own = {
@@ -125,7 +114,6 @@ def launch(
         "multi_gpu": multi_gpu,
         "use_deepspeed": use_deepspeed,
         "num_cpu_threads_per_process": num_cpu_threads_per_process,
-        "max_restarts": max_restarts or None,
     }
     switches = _switches(use_deepspeed, gpu_flag, machines)
     raise typer.Exit(_launch(wanted, settings, switches, machines, own, dry_run))

@@ -27,6 +27,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "gpu_ids",
         "use_cpu",
         "mixed_precision",
+        "max_restarts",
         "debug",
         "enable_cpu_affinity",
         "main_training_function",
@@ -40,6 +41,8 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "same_network",
         "rdzv_backend",
         *_MULTINODE,
+        "monitor_interval",
+        "health_timeout",
     ),
 }
 _NARROW = 8  # columns

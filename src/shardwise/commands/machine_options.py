@@ -1,4 +1,4 @@
-"""The options of `shardwise launch` that only this command has: how machines are reached, and how faults are met."""
+"""The options of `shardwise launch` that are no settings of a run: how its machines are reached."""
 
 import inspect
 import shlex
@@ -11,10 +11,8 @@ import typer
 
 from shardwise.errors import ConfigError
 from shardwise.launch.cluster_files import ManifestKind
-from shardwise.launch.job import FaultPolicy
 
 PANEL = "Several machines"
-_FAULTS = FaultPolicy()
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,6 @@ class MachineOptions:
     """What these options say."""
 
     nnodes: str | None = None
-    monitor_interval: float = _FAULTS.monitor_interval_seconds
-    health_timeout: float = _FAULTS.timeout_seconds
     launcher_args: str | None = None
     forward_env: str | None = None
     slurm_script: Path | None = None
@@ -40,10 +36,7 @@ class MachineOptions:
     @property
     def as_flags(self) -> dict[str, Any]:
         """What must be said again where a scheduler runs the command; None for what was not said."""
-        faults = {"monitor_interval": self.monitor_interval, "health_timeout": self.health_timeout}
-        usual = {"monitor_interval": _FAULTS.monitor_interval_seconds, "health_timeout": _FAULTS.timeout_seconds}
-        said = {name: f"{seconds:g}" for name, seconds in faults.items() if seconds != usual[name]}
-        return {"nnodes": self.nnodes, **said, "launcher_args": self.launcher_args, "forward_env": self.forward_env}
+        return {"nnodes": self.nnodes, "launcher_args": self.launcher_args, "forward_env": self.forward_env}
 
     @property
     def machines(self) -> tuple[int, int] | None:
@@ -58,15 +51,6 @@ class MachineOptions:
         if fewest > count:
             raise ConfigError(f"--nnodes is {self.nnodes}, expected the smaller number first: {count}:{fewest}.")
         return fewest, count
-
-    @property
-    def faults(self) -> FaultPolicy:
-        """How faults are noticed."""
-        given = {"monitor_interval": self.monitor_interval, "health_timeout": self.health_timeout}
-        for name, seconds in given.items():
-            if not 0 < seconds < float("inf"):
-                raise ConfigError(f"--{name} is {seconds:g}, expected more than 0 seconds.")
-        return FaultPolicy(self.monitor_interval, self.health_timeout)
 
     @property
     def more_arguments(self) -> tuple[str, ...]:
@@ -92,8 +76,6 @@ class MachineOptions:
 
 _HELP = {
     "nnodes": ("TEXT", "Machines, as torchrun has it: 2, or 1:2 for a run that goes on with 1 after a fault."),
-    "monitor_interval": ("SECONDS", "Time between two looks at the ranks."),
-    "health_timeout": ("SECONDS", "A machine that is silent, or a rank that is stopped, for so long ends the run."),
     "launcher_args": ("TEXT", "More arguments for pdsh, ssh, mpirun or srun, such as '-l user'."),
     "forward_env": ("NAMES", "Environment variables to take along, beside the usual ones; comma-separated."),
     "slurm_script": ("FILE", "Write a script for sbatch; start nothing. - is the screen."),

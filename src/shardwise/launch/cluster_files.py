@@ -95,7 +95,11 @@ def _pytorch_job(run: ClusterRun, image: str, command: Sequence[str], tail: Sequ
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
         "metadata": {"name": run.label},
-        "spec": {"pytorchReplicaSpecs": _unshared(specs)},
+        # What still runs when the job has failed ends with it.
+        "spec": {
+            "runPolicy": {"backoffLimit": 0, "cleanPodPolicy": "Running"},
+            "pytorchReplicaSpecs": _unshared(specs),
+        },
     }
 
 
@@ -140,7 +144,7 @@ def _pod(run: ClusterRun, image: str, command: list[str], own: Mapping[str, Any]
         "volumeMounts": [{"name": "shared-memory", "mountPath": _SHARED_MEMORY}],
     }
     if run.on_gpus:
-        container["resources"] = {"limits": {"nvidia.com/gpu": run.processes_per_machine}}
+        container["resources"] = {"limits": {"nvidia.com/gpu": str(run.processes_per_machine)}}
     # Ranks of one pod pass data through it, and the default is 64 MiB.
     memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}
     return {"containers": [container], "volumes": [memory]}

@@ -35,7 +35,6 @@ def facts_of(job: Job, asked: str, versions: Mapping[str, str]) -> dict[str, Any
         "device": str(job.device),
         "number of machines": job.meeting.num_machines,
         "number of processes": job.num_processes,
-        "max_restarts": job.max_restarts,
         "script": _digest(job),
         **{f"setting {name}": value for name, value in settings.items()},
         **{f"DeepSpeed JSON's {dotted(path)}": value for path, value in leaves(concrete)},

@@ -47,7 +47,7 @@ def fleet_from(values: Mapping[str, Said], environ: Mapping[str, str]) -> Fleet 
                 )
         return None
     if hostfile.value is not None:
-        hosts, notes = _listed(values, Path(hostfile.value).expanduser())
+        hosts, notes = _listed(values)
     elif launcher == _IN_ALLOCATION:
         if "SLURM_JOB_NODELIST" not in environ and machines.value == 1 and machines.origin is not Origin.DEFAULT:
             return None
@@ -113,11 +113,12 @@ def first_address(hosts: tuple[Host, ...], main_process_ip: Said) -> str:
 # --- lists ------------------------------------------------------------------------------------------------------------
 
 
-def _listed(values: Mapping[str, Said], path: Path) -> tuple[tuple[Host, ...], list[str]]:
+def _listed(values: Mapping[str, Said]) -> tuple[tuple[Host, ...], list[str]]:
     said = values["deepspeed_hostfile"]
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        path = Path(said.value).expanduser()
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, RuntimeError, ValueError) as error:  # also a home that nobody has, a null byte, no text
         raise ConfigError(
             f"deepspeed_hostfile is {said}, which cannot be read: {error}. "
             "Give a text file with a line for each machine, such as: worker-1 slots=4"

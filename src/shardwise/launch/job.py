@@ -123,8 +123,6 @@ def resolve_job(request: LaunchRequest, machine: Machine) -> Job:
     num_threads = request.num_threads_per_process
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"--num_cpu_threads_per_process is {num_threads}, and a process needs at least 1.")
-    if request.max_restarts < 0:
-        raise ConfigError(f"--max_restarts is {request.max_restarts}. Give 0, or how often a run may start anew.")
     return Job(
         program=request.program,
         arguments=request.arguments,

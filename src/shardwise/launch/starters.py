@@ -5,8 +5,10 @@ place and the capsule. pdsh and ssh hand a line to the other machine's shell: `q
 The others take a vector and hand on a vector.
 """
 
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +46,8 @@ class Starter:
     binaries: tuple[str, ...]  # names of the program that runs here, the surest first
     source: str  # where it comes from
     build: Build
+    other_mpi: str = ""  # a pattern in the words of --version, where the name may be that of another MPI's program
+    over_ssh: bool = False  # it calls ssh
 
     @property
     def binary(self) -> str:
@@ -67,9 +71,27 @@ class Starter:
         return starts
 
     def check_installed(self) -> None:
-        """Raises ConfigError, with where to get it, if the launcher's program is not on PATH."""
+        """Raises ConfigError, with where to get it, if the launcher's program, or what it calls, is not on PATH."""
         if shutil.which(self.binary) is None:
             raise ConfigError(f"{self.binary} is not on PATH. {self.source} Or choose another launcher.")
+        if self.over_ssh and shutil.which("ssh") is None:
+            raise ConfigError(f"{self.binary} works by ssh, which is not on PATH. {_debian('openssh-client')}")
+        if self.other_mpi:
+            self._check_mpi()
+
+    def _check_mpi(self) -> None:
+        """MPIs share the names of their programs, and not their options."""
+        asked = (self.binary, "--version")
+        try:
+            told = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            return  # what is wrong with it, it will say itself
+        found = re.search(self.other_mpi, told)
+        if found is not None:
+            raise ConfigError(
+                f"{shutil.which(self.binary)} calls itself {found[0]}, which takes other options than this launcher's "
+                f"program. {self.source} Or choose the launcher that fits."
+            )
 
 
 def remote(place: str, capsule: str) -> tuple[str, ...]:
@@ -149,15 +171,20 @@ def _debian(package: str) -> str:
     return f"Debian and Ubuntu have it in the package {package}: apt-get install {package}."
 
 
+_OF_OPEN_MPI, _OF_HYDRA = r"Open MPI|OpenRTE|PRRTE", r"HYDRA|Intel\(R\) MPI"
+
 STARTERS: Mapping[str, Starter] = {
-    "pdsh": Starter(("pdsh",), _debian("pdsh"), _pdsh),
+    "pdsh": Starter(("pdsh",), _debian("pdsh"), _pdsh, over_ssh=True),
     "ssh": Starter(("ssh",), _debian("openssh-client"), _ssh),
-    "openmpi": Starter(("mpirun.openmpi", "mpirun"), _debian("openmpi-bin"), _openmpi),
-    "mpich": Starter(("mpiexec.mpich", "mpiexec.hydra", "mpiexec"), _debian("mpich"), _hydra("-bind-to", "none")),
+    "openmpi": Starter(("mpirun.openmpi", "mpirun"), _debian("openmpi-bin"), _openmpi, _OF_HYDRA),
+    "mpich": Starter(
+        ("mpiexec.mpich", "mpiexec.hydra", "mpiexec"), _debian("mpich"), _hydra("-bind-to", "none"), _OF_OPEN_MPI
+    ),
     "mvapich": Starter(
         ("mpiexec.mvapich", "mpiexec"),
         "MVAPICH is in no Debian package; its makers have it at mvapich.cse.ohio-state.edu.",
         _hydra("-bind-to", "none"),
+        _OF_OPEN_MPI,
     ),
     "impi": Starter(
         ("mpiexec.hydra",),

@@ -1,7 +1,7 @@
 """From the settings of a run to what is asked of the launcher."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from shardwise.config.catalog import effect_of
 from shardwise.config.effects import NoEffect
@@ -22,9 +22,7 @@ class Program:
     arguments: tuple[str, ...] = ()
     kind: ProgramKind = ProgramKind.SCRIPT
     num_threads: int | None = None
-    max_restarts: int = 0
     min_machines: int | None = None  # with which the run may go on; None: all of them
-    faults: FaultPolicy = field(default_factory=FaultPolicy)
     gpu_flag: str | None = None  # the flag that insists on GPUs, if one was given
 
 
@@ -53,8 +51,8 @@ def request_from(resolved: Resolved, program: Program, fleet: Fleet | None = Non
         device=asked_device(values, gpu_flag),
         num_processes=1 if alone else values["num_processes"].value,
         num_threads_per_process=program.num_threads,
-        max_restarts=program.max_restarts,
-        faults=program.faults,
+        max_restarts=values["max_restarts"].value,
+        faults=FaultPolicy(values["monitor_interval"].value, values["health_timeout"].value),
         meeting=_meeting(values, program, fleet),
         gpu_ids=_ids(values["gpu_ids"]),
         made_for_gpus=tuple(_made_for_gpus(values)),
@@ -126,19 +124,20 @@ def _machine_faults(values: Mapping[str, Said], program: Program, fleet: Fleet |
     count = machines.value if fleet is None else len(fleet.hosts)
     fewest = program.min_machines
     if fewest is not None and not 1 <= fewest <= count:
-        yield f"--nnodes allows no fewer than {fewest} machines, and there are {count}. Give 1 to {count}."
-    elif fewest is not None and fewest < count and not program.max_restarts:
-        yield f"--nnodes allows {fewest} machines, but a run goes on with fewer by a restart. Give --max_restarts, too."
+        yield f"--nnodes allows no fewer than {_machines(fewest)}, and there are {count}. Give 1 to {count}."
+    elif fewest is not None and fewest < count and not values["max_restarts"].value:
+        yield f"--nnodes allows {_machines(fewest)}, but a run goes on with fewer by a restart. Give --max_restarts."
     if count == 1:
         return
     if fewest is not None and fewest < count and fleet is not None and fleet.launcher not in GO_ON_WITH_FEWER:
         yield (
-            f"--nnodes allows {fewest} machines, but {fleet.launcher} does not let a run go on when it loses one. "
+            f"--nnodes allows {_machines(fewest)}, but {fleet.launcher} does not let a run go on when it loses one. "
             f"Choose --deepspeed_multinode_launcher {GO_ON_WITH_FEWER[-1]}."
         )
-    if _changes(program) and backend.origin is Origin.FLAG and backend.value == "static":
+    restarts = values["max_restarts"]
+    if restarts.value and backend.origin is Origin.FLAG and backend.value == "static":
         yield (
-            f"rdzv_backend is {backend}, by which machines meet only once, but --max_restarts was given. "
+            f"rdzv_backend is {backend}, by which machines meet only once, but max_restarts is {restarts}. "
             "Leave one of them out; c10d is what restarts need."
         )
     if fleet is not None:
@@ -148,9 +147,8 @@ def _machine_faults(values: Mapping[str, Said], program: Program, fleet: Fleet |
             yield f"num_machines is {machines}, and they need --{name}, the same on each: {what} that all can reach."
 
 
-def _changes(program: Program) -> bool:
-    """Whether the machines may have to meet again."""
-    return program.max_restarts > 0
+def _machines(count: int) -> str:
+    return "1 machine" if count == 1 else f"{count} machines"
 
 
 def _meeting(values: Mapping[str, Said], program: Program, fleet: Fleet | None) -> Meeting:
@@ -160,7 +158,8 @@ def _meeting(values: Mapping[str, Said], program: Program, fleet: Fleet | None) 
         return Meeting(port=port)
     backend = values["rdzv_backend"]
     by_rendezvous = backend.origin is Origin.DEFAULT and not values["same_network"].value
-    chosen = "c10d" if by_rendezvous or _changes(program) else backend.value
+    meet_again = values["max_restarts"].value > 0
+    chosen = "c10d" if by_rendezvous or meet_again else backend.value
     fewest = program.min_machines if program.min_machines != num_machines else None
     if fleet is None:
         rank, address = values["machine_rank"].value, values["main_process_ip"].value

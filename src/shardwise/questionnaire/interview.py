@@ -97,7 +97,6 @@ def settled(question: Question, value: Any, answers: Answers) -> Any:
 
 
 def _sizes(run: RunConfig) -> dict[str, Said]:
-    return {
-        name: Said(getattr(run, name), Origin.FILE, "your answer")
-        for name in ("num_processes", "num_machines", "machine_rank")
-    }
+    sizes = {name: getattr(run, name) for name in ("num_processes", "num_machines", "machine_rank")}
+    sizes["deepspeed_hostfile"] = run.deepspeed_config.deepspeed_hostfile
+    return {name: Said(value, Origin.FILE, "your answer") for name, value in sizes.items()}

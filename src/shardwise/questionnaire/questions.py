@@ -45,12 +45,15 @@ def _machines() -> tuple[Question, ...]:
         _setting("main_process_port", "Which port of machine 0 do they meet at?", 29500, when=(SEVERAL_MACHINES,)),
         _setting("same_network", "Are all machines in one local network?", True, when=(SEVERAL_MACHINES,)),
         _setting("rdzv_backend", "Which rendezvous backend do they use?", "static", when=(APART,)),
+        _setting("max_restarts", "How often may all ranks start anew after a fault?", 0, when=(SEVERAL_MACHINES,)),
+        _setting("monitor_interval", "How many seconds are between two looks at the ranks?", 0.1, when=(RESTARTS,)),
         _setting("debug", "Check the collectives while running, for debugging?", False, hinted=True),
     )
 
 
 def _zero() -> tuple[Question, ...]:
     own = (ZERO, NO_JSON)
+    with_hostfile = (ZERO, WITH_HOSTFILE)
     return (
         _lead("use_deepspeed", "Do you want to use DeepSpeed (ZeRO: model states sharded over the processes)?"),
         _lead("use_deepspeed_config_file", "Do you want to name a JSON file with a DeepSpeed config?", ZERO),
@@ -95,7 +98,19 @@ def _zero() -> tuple[Question, ...]:
             "deepspeed_hostfile",
             "What is the path of the hostfile, with a line such as worker-1 slots=4 for each machine?",
             kind=Kind.PATH,
-            when=(ZERO, WITH_HOSTFILE),
+            when=with_hostfile,
+        ),
+        _lead("use_exclusion_filter", "Do you want to leave out machines of the hostfile?", *with_hostfile),
+        _setting(
+            "deepspeed_exclusion_filter",
+            "Which machines or slots are left out, such as worker-1@worker-2:0,2?",
+            when=(*with_hostfile, _yes("use_exclusion_filter")),
+        ),
+        _lead("use_inclusion_filter", "Do you want to name those that are used?", *with_hostfile, NOTHING_LEFT_OUT),
+        _setting(
+            "deepspeed_inclusion_filter",
+            "Which machines or slots are used, such as worker-1@worker-2:0,2?",
+            when=(*with_hostfile, NOTHING_LEFT_OUT, _yes("use_inclusion_filter")),
         ),
     )
 
@@ -199,6 +214,8 @@ WITH_HOSTFILE = When(
     "deepspeed_multinode_launcher other than standard and slurm",
     lambda answers: answers.get("deepspeed_multinode_launcher", "standard") not in ("standard", "slurm"),
 )
+RESTARTS = When("max_restarts 1 or more", lambda answers: answers.get("max_restarts", 0) > 0)
+NOTHING_LEFT_OUT = When("use_exclusion_filter: no", lambda answers: answers.get("use_exclusion_filter") is False)
 APART = When("same_network: no", lambda answers: answers.get("same_network") is False)
 ZERO = _yes("use_deepspeed")
 NO_ZERO = When("use_deepspeed: no", lambda answers: answers.get("use_deepspeed") is False)

@@ -6,11 +6,13 @@ from typing import Any
 
 import yaml
 
+from shardwise.config.run.file import default_of
 from shardwise.config.run.schema import PluginConfig, RunConfig
 from shardwise.config.run.yaml_text import read_scalar
 from shardwise.questionnaire.question import Answers
 
 _SECTION = "deepspeed_config"
+_ONLY_OURS = ("max_restarts", "monitor_interval")  # Accelerate refuses a file with them, so a default is left out
 
 
 class _Dumper(yaml.SafeDumper):
@@ -43,6 +45,7 @@ def as_run(answers: Answers) -> dict[str, Any]:
     if kind == "NO":
         run["num_processes"] = 1
     run |= {name: value for name, value in answers.items() if name in RunConfig.model_fields}
+    run = {name: value for name, value in run.items() if name not in _ONLY_OURS or value != default_of(name)}
     section = {name: value for name, value in answers.items() if name in PluginConfig.model_fields}
     if "zero_stage" in section:
         section = {"offload_optimizer_device": "none", "offload_param_device": "none"} | section

@@ -40,7 +40,12 @@ def code_against_flags(asked: Asked) -> Iterator[Pair]:
 
 
 def misfits(values: Mapping[str, Said]) -> Iterator[str]:
-    """Settings that only fit each other or not once it is known who wins: a flag and the YAML share them out."""
+    """Settings that only fit each other or not once it is known who wins: a flag and the YAML share them out.
+
+    A hostfile says by itself how many machines there are, and how many processes each of them runs.
+    """
+    if values["deepspeed_hostfile"].value is not None:
+        return
     processes, machines, rank = (values[name] for name in ("num_processes", "num_machines", "machine_rank"))
     if processes.value is not None and processes.value % machines.value:
         yield (

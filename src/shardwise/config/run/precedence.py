@@ -44,8 +44,7 @@ def resolve(asked: Asked) -> Resolved:
     if contradictions:
         lines = ["The command line and the script contradict each other:", *contradictions]
         raise ConfigError("\n".join([*lines, "Leave the flag out, or change the script."]))
-    # A hostfile says by itself how many machines there are, and how many processes each of them runs.
-    if values["deepspeed_hostfile"].value is None and (unfit := list(misfits(values))):
+    if unfit := list(misfits(values)):
         raise ConfigError("\n".join(unfit))
     if not wants_zero(asked):
         return Resolved(values)

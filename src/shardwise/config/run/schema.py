@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from shardwise.config.effects import Acts, NoEffect, Unsupported
-from shardwise.config.values import Block, Count, Foreign, Name, NonNegative, PositiveCount, Stage
+from shardwise.config.values import Block, Count, Foreign, Name, NonNegative, Positive, PositiveCount, Stage
 
 
 def _as_choice(value: Any) -> Any:
@@ -131,6 +131,11 @@ class RunConfig(Block):
     ] = None
     same_network: Annotated[Switch, Acts("false: machines meet through rdzv_backend")] = True
     rdzv_backend: Annotated[Literal["static", "c10d"], Acts("how machines find each other")] = "static"
+    max_restarts: Annotated[Count, Acts("how often every rank starts anew when one has failed")] = 0
+    monitor_interval: Annotated[Positive, Acts("seconds between two looks at the ranks")] = 0.1
+    health_timeout: Annotated[
+        Positive, Acts("seconds after which a silent machine, or a stopped rank, ends the run")
+    ] = 60.0
     gpu_ids: Annotated[Text, Acts("the GPUs to use, such as 0,2; null or all is every one")] = None
     use_cpu: Annotated[Switch, Acts("run on the CPU, also where GPUs are")] = False
     mixed_precision: Annotated[Precision, Acts("compute dtype: no is fp32, fp16, bf16")] = "no"
