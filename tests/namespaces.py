@@ -73,6 +73,42 @@ def slow_down(rate: str) -> str:
     return f"the kernel slows no cable: {tried.stderr.strip()}" if tried.returncode else ""
 
 
+LOSS = """
+table netdev loss {{
+    chain arriving {{
+        type filter hook ingress device {interface} priority 0;
+        numgen random mod 100 < {percent} counter drop
+    }}
+}}
+"""
+
+
+def lose(namespace: str, percent: int) -> str:
+    """Lose so many of a hundred packets that reach a namespace; why not, where that cannot be."""
+    if shutil.which("nft") is None:
+        return "not installed: nft (package nftables)"
+    rules = LOSS.format(interface=INTERFACE, percent=percent)
+    enter = ["ip", "netns", "exec", namespace]
+    tried = subprocess.run([*enter, "nft", "-f", "-"], input=rules, capture_output=True, text=True)
+    return f"the kernel loses no packets on purpose: {tried.stderr.strip()}" if tried.returncode else ""
+
+
+def lost(namespace: str) -> int:
+    """How many packets `lose` has lost so far."""
+    told = subprocess.run(
+        ["ip", "netns", "exec", namespace, "nft", "list", "table", "netdev", "loss"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return int(told.stdout.partition("counter packets ")[2].split()[0])
+
+
+def lose_no_more(namespace: str) -> None:
+    """Take back `lose`."""
+    subprocess.run(["ip", "netns", "exec", namespace, "nft", "delete", "table", "netdev", "loss"], check=True)
+
+
 def ip(*arguments: str) -> None:
     """Run `ip`."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True)

@@ -1,15 +1,19 @@
 """The fear: a setting of several machines that means one thing as an answer, and another as a flag or in a file."""
 
+import random
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shardwise.commands.launch_options import given
 from shardwise.config.run.file import file_mentions, flag_mentions, read_run_file
 from shardwise.config.run.precedence import resolve
 from shardwise.config.run.said import Asked
 from shardwise.config.source import Source
+from shardwise.errors import ConfigError
 from shardwise.launch.hosts import Fleet, fleet_from
 from shardwise.launch.job import FaultPolicy, LaunchRequest, Meeting
 from shardwise.launch.machine import Machine
@@ -91,3 +95,26 @@ def test_the_health_timeout_is_a_setting_as_the_others(tmp_path: Path) -> None:
     mentions = {name: (said,) for name, said in file_mentions(read_run_file(path)).items()}
     assert outcome(Asked(mentions))[0].faults.timeout_seconds == 7
     assert outcome(Asked(mentions).stronger(flag_mentions({"health_timeout": 3.5})))[0].faults.timeout_seconds == 3.5
+
+
+def test_any_settings_are_a_run_or_a_config_error(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=2\nb slots=3\n")
+    right: dict[str, Any] = {name: str(value) for name, value in SETTINGS.items() if name != "same_network"} | {
+        "deepspeed_hostfile": str(hostfile),
+        "deepspeed_inclusion_filter": "a",
+        "deepspeed_exclusion_filter": "b:1",
+        "deepspeed_multinode_launcher": "ssh",
+        "health_timeout": "9",
+    }
+    pieces = [*"ab@:,012~/\0é٣ \n=#-{['\"\\", "$(x)", "%n", "null", "yes", "1e9", "9" * 30, "slots=", str(hostfile)]
+    chance = random.Random(20240302)
+    runs = 0
+    for _ in range(2_000):
+        names = chance.sample(sorted(right), chance.randrange(8))
+        wild = {name: "".join(chance.choices(pieces, k=chance.randrange(5))) for name in names if chance.random() < 0.2}
+        flags = given({name: wild.get(name, right[name]) for name in names})
+        with suppress(ConfigError):
+            outcome(Asked().stronger(flag_mentions(flags)))
+            runs += 1
+    assert 200 < runs < 1_800, "the settings are too wild or too tame to say much"

@@ -74,6 +74,15 @@ def assert_nothing_is_left(network: Network) -> None:
     assert [name for name in os.listdir(network.directory) if name.startswith("shardwise-")] == []
 
 
+def steps_of_a_whole_run(network: Network, tmp_path: Path) -> list[dict[str, object]]:
+    whole = Run(network, tmp_path, "alpha")
+    screen = whole.end()
+    assert whole.process.returncode == 0, screen
+    steps = whole.steps
+    whole.out.unlink()
+    return steps
+
+
 def launcher_of(network: Network, host: str) -> int:
     (pid,) = network.running(host, "shardwise.launch.member")
     return pid
@@ -121,8 +130,12 @@ def test_a_stopped_rank_is_named(network: Network, tmp_path: Path) -> None:
     assert_nothing_is_left(network)
 
 
-def test_the_end_of_machine_0_is_named_by_the_other(network: Network, tmp_path: Path) -> None:
-    run = Run(network, tmp_path, "beta", "script:--harm wait:0:2")
+def test_the_end_of_machine_0_is_named_by_the_other_and_the_same_command_goes_on_bit_for_bit(
+    network: Network, tmp_path: Path
+) -> None:
+    expected = steps_of_a_whole_run(network, tmp_path)
+    checkpoints = f"--checkpoints {tmp_path / 'checkpoints'}"
+    run = Run(network, tmp_path, "beta", f"script:--harm wait:0:2 {checkpoints}")
     run.wait_until(run.harmed.exists)
     os.kill(launcher_of(network, "alpha"), signal.SIGKILL)
     screen = run.end()
@@ -130,6 +143,10 @@ def test_the_end_of_machine_0_is_named_by_the_other(network: Network, tmp_path: 
     assert "machine 0 (alpha) is lost" in screen
     assert "The connection to it broke" in screen
     assert_nothing_is_left(network)
+    again = Run(network, tmp_path, "beta", f"script:{checkpoints}")
+    screen = again.end()
+    assert again.process.returncode == 0, screen
+    assert again.steps == expected
 
 
 @pytest.mark.parametrize("fault", ["cut", "freeze"])
@@ -177,10 +194,7 @@ def test_nothing_outlives_the_command_that_started_it(network: Network, tmp_path
 
 
 def test_a_killed_rank_is_restarted_from_the_checkpoint_bit_for_bit(network: Network, tmp_path: Path) -> None:
-    whole = Run(network, tmp_path, "alpha")
-    assert whole.process.wait() == 0, whole.end()
-    expected = whole.steps
-    whole.out.unlink()
+    expected = steps_of_a_whole_run(network, tmp_path)
     checkpoints = tmp_path / "checkpoints"
     run = Run(network, tmp_path, "alpha", "--max_restarts=1", f"script:--harm kill:3:2 --checkpoints {checkpoints}")
     screen = run.end()
@@ -191,14 +205,20 @@ def test_a_killed_rank_is_restarted_from_the_checkpoint_bit_for_bit(network: Net
     assert_nothing_is_left(network)
 
 
-def test_a_run_goes_on_with_fewer_machines(network: Network, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["killed", "cut", "freeze"])
+def test_a_run_goes_on_with_fewer_machines(network: Network, tmp_path: Path, fault: str) -> None:
     checkpoints = tmp_path / "checkpoints"
     options = ["--max_restarts=3", "--nnodes=1:2", f"script:--harm wait:2:3 --checkpoints {checkpoints}"]
     run = Run(network, tmp_path, "alpha", *options)
     run.wait_until(run.harmed.exists)
-    for pid in [*network.running("beta", "shardwise")]:
-        os.kill(pid, signal.SIGKILL)
+    if fault == "killed":
+        for pid in network.running("beta", "shardwise"):
+            os.kill(pid, signal.SIGKILL)
+    else:
+        getattr(network, fault)("beta")
     screen = run.end()
+    if fault == "freeze":
+        network.thaw("beta")
     assert "machine 1 (beta) is lost" in screen
     assert "1 of 2 machines go on" in screen
     assert [(step["step"], step["world"]) for step in run.steps] == [(i, 4 if i < 3 else 2) for i in range(6)], screen

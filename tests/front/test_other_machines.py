@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from tests.front import slurm
 from tests.front.command import FIXTURES, SHARDWISE, shardwise
 from tests.front.network import Network, missing, two_machines
+from tests.namespaces import lose, lose_no_more, lost
 
 SCRIPT = str(FIXTURES / "zero3.py")
 ONE_THREAD = ("--cpu", "--num_cpu_threads_per_process", "1")
@@ -40,6 +42,15 @@ def installed(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(absent), reason=f"not installed: {', '.join(absent)}")
 
 
+def with_mvapichs_name(directory: Path) -> str:
+    """A directory where MPICH's mpiexec has the name of MVAPICH's."""
+    directory.mkdir()
+    program = directory / "mpiexec.mvapich"
+    program.write_text('#!/bin/sh\nexec mpiexec.hydra "$@"\n')
+    program.chmod(0o755)
+    return str(directory)
+
+
 @pytest.mark.parametrize(
     ("launcher", "starter", "more"),
     [
@@ -48,24 +59,33 @@ def installed(*programs: str) -> pytest.MarkDecorator:
         # Open MPI would put the machine that it runs on first.
         pytest.param("openmpi", "beta", [], marks=[installed("mpirun.openmpi"), pytest.mark.slow]),
         pytest.param("mpich", "beta", [], marks=[installed("mpiexec.mpich"), pytest.mark.slow]),
+        # Both have their mpiexec from MPICH, whose own stands in for it here.
+        pytest.param("impi", "alpha", [], marks=[installed("mpiexec.hydra"), pytest.mark.slow]),
+        pytest.param("mvapich", "alpha", [], marks=[installed("mpiexec.hydra"), pytest.mark.slow]),
     ],
 )
 def test_two_machines_of_two_ranks_have_the_losses_of_one_machine(
     network: Network, losses_of_one_machine: str, tmp_path: Path, launcher: str, starter: str, more: list[str]
 ) -> None:
-    hostfile = tmp_path / "hosts"
+    directory = tmp_path / "it's `touch executed` %n"
+    directory.mkdir()
+    hostfile, out = directory / "my hosts", directory / 'losses of $(touch executed) "two"'
     hostfile.write_text("alpha slots=2\nbeta slots=2\n")
-    out = tmp_path / 'losses of $(touch executed) "two"'
+    script = directory / "zero 3 $(touch executed).py"
+    shutil.copy(SCRIPT, script)
+    environment = network.environment()
+    if launcher == "mvapich":
+        environment["PATH"] = with_mvapichs_name(tmp_path / "bin") + os.pathsep + environment["PATH"]
     done = subprocess.run(
         network.command(
             starter,
-            *[*SHARDWISE, "launch", *ONE_THREAD, "--deepspeed_hostfile", str(hostfile)],
+            *[*SHARDWISE, "launch", *ONE_THREAD, "--deepspeed_hostfile", hostfile.name],
             *["--deepspeed_multinode_launcher", launcher],
             *[word.format(ssh_config=network.ssh_config) for word in more],
-            *[SCRIPT, str(out), "--transport", "process_group"],
+            *[script.name, out.name, "--transport", "process_group"],
         ),
-        env=network.environment(),
-        cwd=tmp_path,
+        env=environment,
+        cwd=directory,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -73,7 +93,8 @@ def test_two_machines_of_two_ranks_have_the_losses_of_one_machine(
     assert done.returncode == 0, done.stderr
     assert out.read_text() == losses_of_one_machine
     assert [json.loads(line)["world"] for line in out.read_text().splitlines()] == [4] * 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts", out.name]
+    assert set(tmp_path.iterdir()) <= {directory, tmp_path / "bin"}
+    assert set(directory.iterdir()) == {hostfile, out, script}
     assert_nothing_is_left(network)
 
 
@@ -81,34 +102,45 @@ def test_two_machines_of_two_ranks_have_the_losses_of_one_machine(
 def test_packets_that_get_lost_cost_time_and_no_bits(
     network: Network, losses_of_one_machine: str, tmp_path: Path
 ) -> None:
-    queue = ["ip", "netns", "exec", network.namespace("beta"), "tc", "qdisc"]
-    tried = subprocess.run(
-        [*queue, *["add", "dev", "eth0", "root", "netem", "loss", "5%"]], capture_output=True, text=True
-    )
-    if tried.returncode:
-        pytest.skip(f"this kernel loses no packets on purpose: {tried.stderr.strip()}")
-    try:
+    both = [network.namespace(host) for host in ("alpha", "beta")]
+    with ExitStack() as stack:
+        for namespace in both:
+            if why_not := lose(namespace, percent=5):
+                pytest.skip(why_not)
+            stack.callback(lose_no_more, namespace)
         test_two_machines_of_two_ranks_have_the_losses_of_one_machine(
             network, losses_of_one_machine, tmp_path, "ssh", "alpha", ["--launcher_args", "-F {ssh_config}"]
         )
-    finally:
-        subprocess.run([*queue, "delete", "dev", "eth0", "root"], check=True)
+        assert min(map(lost, both)) > 10
 
 
 @pytest.mark.slow
-def test_nossh_finds_each_machine_in_the_hostfile(network: Network, losses_of_one_machine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["standard", "nossh"])
+def test_the_same_command_on_each_machine_is_one_run(
+    network: Network, losses_of_one_machine: str, tmp_path: Path, launcher: str
+) -> None:
     hostfile, out = tmp_path / "hosts", tmp_path / "losses"
     hostfile.write_text("alpha slots=2\nbeta slots=2\n")
-    options = ["--deepspeed_hostfile", str(hostfile), "--deepspeed_multinode_launcher", "nossh"]
+    options = ["--deepspeed_multinode_launcher", launcher]
+    if launcher == "nossh":
+        options += ["--deepspeed_hostfile", str(hostfile)]
+    else:
+        options += ["--num_machines", "2", "--num_processes", "4", "--main_process_ip", "alpha"]
+        options += ["--main_process_port", "29500"]
     machines = [
         subprocess.Popen(
-            network.command(host, *SHARDWISE, "launch", *ONE_THREAD, *options, SCRIPT, str(out)),
+            network.command(
+                host,
+                *[*SHARDWISE, "launch", *ONE_THREAD, *options],
+                *(["--machine_rank", rank] if launcher == "standard" else []),
+                *[SCRIPT, str(out)],
+            ),
             env=network.environment(),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for host in ("beta", "alpha")
+        for host, rank in (("beta", "1"), ("alpha", "0"))
     ]
     screens = [machine.communicate()[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], screens
