@@ -232,7 +232,9 @@ def test_secrets_and_what_is_one_machines_own_stay_here() -> None:
         **dict.fromkeys(["HF_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "MLFLOW_TRACKING_PASSWORD"], "secret"),
         **dict.fromkeys(["CUDA_VISIBLE_DEVICES", "HOME", "SSH_AUTH_SOCK", "AWS_SECRET_ACCESS_KEY", "RANK"], "stays"),
     }
+    environ["MLFLOW_TRACKING_URI"] = "https://me:secret@tracking.example/x"
     assert set(forwarded(environ).values()) == {"goes"}
+    assert "HF_ENDPOINT" in forwarded({"HF_ENDPOINT": "https://mirror.example:8080/@x"})
     assert forwarded(environ, ["HF_TOKEN"])["HF_TOKEN"] == "secret"
     with pytest.raises(ConfigError, match="names NOWHERE, which is not set"):
         forwarded(environ, ["NOWHERE"])

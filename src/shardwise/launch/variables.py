@@ -1,7 +1,8 @@
 """The environment variables that go along to other machines: an allow-list, and the file in which users name more.
 
-They stand on command lines, which everybody on those machines can read. So nothing whose name speaks of a secret is
-taken along unless the user names it, and a variable that says something about one machine alone never is.
+They stand on command lines, which everybody on those machines can read. So nothing whose name speaks of a secret, or
+whose value is an address with a password, is taken along unless the user names it, and a variable that says something
+about one machine alone never is.
 """
 
 import re
@@ -19,6 +20,7 @@ _PREFIXES = (
 # Of this machine, or of this process: another one finds its own.
 _STAYS = frozenset({"CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONHOME"})
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(?:^|_)(?:KEY|KEYS|APIKEY|AUTH|USER|USERNAME)(?:_|$)")
+_PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]*@")  # scheme://user:password@host
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 USERS_FILE = ".deepspeed_env"
 
@@ -31,7 +33,10 @@ def forwarded(environ: Mapping[str, str], also: Iterable[str] = ()) -> dict[str,
     chosen = {
         name: value
         for name, value in environ.items()
-        if (name in _NAMES or name.startswith(_PREFIXES)) and name not in _STAYS and not _SECRET.search(name)
+        if (name in _NAMES or name.startswith(_PREFIXES))
+        and name not in _STAYS
+        and not _SECRET.search(name)
+        and not _PASSWORD_IN_URL.search(value)
     }
     for name in also:
         if name not in environ:
