@@ -180,8 +180,8 @@ def test_what_differs_is_named_and_what_may_differ_is_not(tmp_path: Path) -> Non
     one, other = tmp_path / "one.py", tmp_path / "other.py"
     one.write_text("1")
     other.write_text("2")
-    first = facts(one, mixed_precision="bf16", machine_rank=0, gpu_ids="0")
-    assert list(differences(first, facts(one, mixed_precision="bf16", machine_rank=1, gpu_ids="1"))) == []
+    first = facts(one, mixed_precision="bf16", machine_rank=0, gpu_ids="0", deepspeed_hostfile="a")
+    assert list(differences(first, facts(one, mixed_precision="bf16", machine_rank=1, deepspeed_hostfile="b"))) == []
     second = {**facts(other, mixed_precision="no"), "torch": "2.12", "DeepSpeed JSON's zero_optimization.stage": 2}
     assert list(differences(first, second)) == [
         "torch 2.12 instead of 2.11",

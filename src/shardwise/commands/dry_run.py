@@ -46,7 +46,8 @@ def _settings(job: Job, resolved: Resolved) -> Iterator[tuple[str, Said]]:
     always = {*_ALWAYS, *(_ALWAYS_WITH_ZERO if resolved.ds_config is not None else ())}
     for name, said in resolved.values.items():
         if name == "num_processes" and said.value is None:
-            yield name, Said(job.num_processes, Origin.DEFAULT, f"this machine, on {job.device.value}")
+            place = f"this machine, on {job.device.value}" if job.meeting.num_machines == 1 else "slots of the hostfile"
+            yield name, Said(job.num_processes, Origin.DEFAULT, place)
         elif said.origin is not Origin.DEFAULT or name in always:
             yield name, said
 

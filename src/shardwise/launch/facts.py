@@ -16,7 +16,14 @@ from shardwise.launch.job import Job, ProgramKind
 
 # What each machine may say its own way: its place in the run, its own devices, its own paths of files.
 _EACH_ITS_OWN = frozenset(
-    {"machine_rank", "gpu_ids", "main_process_ip", "deepspeed_config_file", "deepspeed_multinode_launcher"}
+    {
+        "machine_rank",
+        "gpu_ids",
+        "main_process_ip",
+        "deepspeed_config_file",
+        "deepspeed_hostfile",  # where machines read one each: what it says counts, as numbers of machines and processes
+        "deepspeed_multinode_launcher",
+    }
 )
 _VERSIONS = ("shardwise", "torch", "python")
 
