@@ -14,7 +14,7 @@ from rich.console import Console
 from shardwise.errors import StateError
 from shardwise.launch.facts import differences, facts_of, versions_here
 from shardwise.launch.failure import RankFailure
-from shardwise.launch.gathering import Misfit, beat_key, come_together, ended_key, report_key
+from shardwise.launch.gathering import Misfit, beat_key, come_together, ended_key, report_key, run_id
 from shardwise.launch.health import SETTLE_SECONDS, Others
 from shardwise.launch.job import Device, FaultPolicy, Job, Meeting, ProgramKind
 from shardwise.launch.verdict import Ending, Verdict, first_of
@@ -196,12 +196,13 @@ def gather(count: int, told: Mapping[int, Mapping[str, Any]], patience: float = 
     """What `come_together` says on each machine, all of them in one process."""
     port = free_port()
     ends: dict[int, Exception | None] = {}
-    stores = []
+    stores, runs = [], []
 
     def one(rank: int) -> None:
         try:
             meeting = Meeting(count, rank, "127.0.0.1", port)
             stores.append(come_together(meeting, f"host{rank}", told[rank], patience))
+            runs.append(run_id(stores[-1]))
             ends[rank] = None
         except (Misfit, StateError) as problem:
             ends[rank] = problem
@@ -211,6 +212,7 @@ def gather(count: int, told: Mapping[int, Mapping[str, Any]], patience: float = 
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(set(runs)) <= 1, "machines that have come together know the run by one name"
     return ends
 
 

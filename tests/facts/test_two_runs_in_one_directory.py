@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardwise.attempt import Attempt, attempt_of
 from shardwise.checkpoint import claim
 from shardwise.checkpoint.claim import Claims
 from shardwise.checkpoint.manifest import complete_tags
-from shardwise.checkpoint.save import Content, Place, save
+from shardwise.checkpoint.save import Content, Place, _Save, save
 from shardwise.errors import CheckpointError
 from tests.one_rank import Alone, read, value_of
 
@@ -82,6 +83,37 @@ def test_a_claim_lasts_until_it_is_released(tmp_path: Path) -> None:
     claims.release()
     assert not in_a_fork(lambda: save_number(tmp_path, "theirs", 3, Claims()))
     assert read(tmp_path) == 3
+
+
+RUN = "0123456789abcdef" * 2
+
+
+def test_a_later_attempt_takes_over_from_a_process_that_its_launcher_has_given_up(tmp_path: Path) -> None:
+    first, second = Claims(Attempt(RUN, 0)), Claims(Attempt(RUN, 1))
+    saving = _Save(Place(tmp_path, "old"), Content([], value_of(1), {"mine": torch.tensor([1])}), Alone(), first)
+    assert in_a_fork(lambda: save_number(tmp_path, "new", 2, Claims()))
+    assert in_a_fork(lambda: save_number(tmp_path, "new", 2, Claims(Attempt(RUN, 0))))
+    assert in_a_fork(lambda: save_number(tmp_path, "new", 2, Claims(Attempt(RUN[::-1], 1))))
+    assert complete_tags(tmp_path) == []
+    files = [saving._write()]  # here it was stopped, and later goes on
+    assert not in_a_fork(lambda: save_number(tmp_path, "new", 2, second))
+    with pytest.raises(CheckpointError, match="this process was given up, and its run saves to"):
+        saving._commit(files)
+    assert complete_tags(tmp_path) == ["new"]
+    assert read(tmp_path) == 2
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".claimed")) == [".claimed"]
+
+
+def test_an_attempt_is_known_from_our_launchers_variables_alone() -> None:
+    ours = {"TORCHELASTIC_RUN_ID": RUN, "TORCHELASTIC_RESTART_COUNT": "2"}
+    found = attempt_of(ours)
+    assert found == Attempt(RUN, 2) == Attempt.from_text(f"process 7 on alpha, {found}")
+    assert attempt_of(ours | {"TORCHELASTIC_RUN_ID": "none"}) is None
+    assert attempt_of({}) is None
+    assert Attempt.from_text("process 7 on alpha") is None
+    assert (
+        not Attempt(RUN, 2).follows(found) and not Attempt(RUN, 1).follows(found) and not Attempt(RUN, 3).follows(None)
+    )
 
 
 def test_a_file_system_without_locks_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,14 @@ def launcher_of(network: Network, host: str) -> int:
     return pid
 
 
+def kill_everything(network: Network, host: str) -> None:
+    """Everything of the run but the guards, so that they are seen to tidy up."""
+    guards = network.running(host, "launch/guard.py")
+    for pid in network.running(host, "shardwise"):
+        if pid not in guards:
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_an_error_of_a_rank_ends_all_machines_with_its_words(network: Network, tmp_path: Path) -> None:
     run = Run(network, tmp_path, "alpha", "script:--harm raise:3:2")
     screen = run.end()
@@ -212,8 +220,7 @@ def test_a_run_goes_on_with_fewer_machines(network: Network, tmp_path: Path, fau
     run = Run(network, tmp_path, "alpha", *options)
     run.wait_until(run.harmed.exists)
     if fault == "killed":
-        for pid in network.running("beta", "shardwise"):
-            os.kill(pid, signal.SIGKILL)
+        kill_everything(network, "beta")
     else:
         getattr(network, fault)("beta")
     screen = run.end()
@@ -222,4 +229,35 @@ def test_a_run_goes_on_with_fewer_machines(network: Network, tmp_path: Path, fau
     assert "machine 1 (beta) is lost" in screen
     assert "1 of 2 machines go on" in screen
     assert [(step["step"], step["world"]) for step in run.steps] == [(i, 4 if i < 3 else 2) for i in range(6)], screen
+    assert_nothing_is_left(network)
+
+
+def test_started_by_hand_a_run_goes_on_with_fewer_machines_too(network: Network, tmp_path: Path) -> None:
+    out, checkpoints = tmp_path / "losses", tmp_path / "checkpoints"
+    options = ["--cpu", "--num_cpu_threads_per_process", "1", "--health_timeout", str(TIMEOUT_SECONDS)]
+    options += ["--nnodes", "1:2", "--num_processes", "4", "--max_restarts", "3"]
+    options += ["--main_process_ip", "alpha", "--main_process_port", "29500", "--machine_rank"]
+    script = [SCRIPT, str(out), "--transport", "process_group", "--steps", "6"]
+    script += ["--checkpoints", str(checkpoints), "--harm", "wait:2:3"]
+    alpha, beta = (
+        subprocess.Popen(
+            network.command(host, *SHARDWISE, "launch", *options, rank, *script),
+            env=network.environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host, rank in (("alpha", "0"), ("beta", "1"))
+    )
+    deadline = time.monotonic() + NET_SECONDS
+    while not (tmp_path / "harmed").exists():
+        assert time.monotonic() < deadline and alpha.poll() is None, alpha.communicate()
+        time.sleep(0.1)
+    kill_everything(network, "beta")
+    beta.communicate()
+    screen = alpha.communicate(timeout=NET_SECONDS)[1]
+    assert alpha.returncode == 0, screen
+    assert "machine 1 (beta) is lost" in screen and "1 of 2 machines go on" in screen
+    worlds = [json.loads(line)["world"] for line in out.read_text().splitlines()]
+    assert worlds == [4, 4, 4, 2, 2, 2]
     assert_nothing_is_left(network)

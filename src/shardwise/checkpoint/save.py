@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import secrets
 import threading
 import time
@@ -25,6 +26,7 @@ from typing import Any, Protocol
 
 import torch
 
+from shardwise.attempt import attempt_of
 from shardwise.checkpoint import manifest as manifests
 from shardwise.checkpoint.claim import Claims
 from shardwise.checkpoint.direct_file import Slab
@@ -116,7 +118,7 @@ class Background:
     """
 
     def __init__(self) -> None:
-        self.claims = Claims()
+        self.claims = Claims(attempt_of(os.environ))
         self._saving: _Save | None = None
         self._thread: threading.Thread | None = None
         self._slabs: list[Slab] = []
@@ -323,6 +325,8 @@ class _Save:
         if self._meeting.rank != 0:
             return
         own = self._place.own_directory
+        claimed = self._place.claimed or self._place.directory
+        self._claims.check(claimed)
         for file in files:
             path = own / file["name"]
             if not path.exists() or path.stat().st_size != file["bytes"]:
@@ -333,6 +337,7 @@ class _Save:
         manifests.sync_directory(own)
         manifests.sync_directory(own.parent)
         write_script(self._place.directory)
+        self._claims.check(claimed)  # once more, after what may take long
         manifests.write_manifest(own, self._manifest(files))
         if self._place.save_latest:
             manifests.write_latest(self._place.directory, self._place.tag)

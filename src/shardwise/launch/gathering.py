@@ -6,6 +6,7 @@ The store is torch's TCPStore at the address and port of the meeting; torch's re
 import json
 import socket
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -22,7 +23,7 @@ _ANSWER_SECONDS = 30  # of a store that listens
 _LOOK_AGAIN_SECONDS = 0.05
 _HEARD_SECONDS = 5  # for the others to hear why nothing starts
 _FEW = 8  # names in a message
-_TOGETHER = "together"
+_TOGETHER, _RUN = "together", "run"
 
 
 class Misfit(ConfigError):
@@ -53,6 +54,8 @@ def come_together(meeting: Meeting, host: str, facts: Mapping[str, Any], patienc
 def _compare(store: Store, meeting: Meeting, host: str, facts: Mapping[str, Any], deadline: float) -> str:
     """What is wrong, in words; nothing where the machines fit."""
     rank = meeting.machine_rank
+    if rank == 0:
+        store.set(_RUN, uuid.uuid4().hex)
     for key in (report_key(rank), ended_key(rank)):  # of one that had this place before
         store.delete_key(key)
     store.add(beat_key(rank), 1)
@@ -79,6 +82,11 @@ def _compare(store: Store, meeting: Meeting, host: str, facts: Mapping[str, Any]
         while time.monotonic() < until and not all(store.check([_heard_key(other)]) for other in others):
             time.sleep(_LOOK_AGAIN_SECONDS)
     return faults
+
+
+def run_id(store: Store) -> str:
+    """The run's name, which no other run has; for machines that have come together."""
+    return store.get(_RUN).decode()
 
 
 def beat_key(rank: int) -> str:

@@ -33,7 +33,7 @@ from shardwise.launch.agent import Agent, Failures
 from shardwise.launch.environment import exported, rank_environment
 from shardwise.launch.facts import facts_of, versions_here
 from shardwise.launch.failure import print_failures, read_failures
-from shardwise.launch.gathering import come_together
+from shardwise.launch.gathering import come_together, run_id
 from shardwise.launch.health import Health
 from shardwise.launch.job import Job, Meeting
 from shardwise.launch.local_ranks import LocalRanks, watched
@@ -83,7 +83,7 @@ def _run_alone(job: Job, directory: Path, console: Console) -> int:
     ranks = LocalRanks(directory / "ranks", job.faults.timeout_seconds)
     try:
         with watched(ranks.end_stopped):
-            _run_agent(job, directory, console)
+            _run_agent(job, directory, console, uuid.uuid4().hex)
     except ChildFailedError as error:
         failures = read_failures(error.failures)
         print_failures(failures, job.num_processes, console)
@@ -102,7 +102,7 @@ def _run_together(job: Job, facts: Mapping[str, Any], directory: Path, console: 
     ranks = LocalRanks(directory / "ranks", job.faults.timeout_seconds)
     health = Health(job, member.host, store, ranks, partial(_note, console))
     health.start()
-    verdict = health.conclude(_end_of(job, directory, console, member))
+    verdict = health.conclude(_end_of(job, directory, console, member, run_id(store)))
     if verdict is not None and member.tells(verdict, meeting.machine_rank):
         verdict.print(console)
         if verdict.failures:
@@ -111,11 +111,11 @@ def _run_together(job: Job, facts: Mapping[str, Any], directory: Path, console: 
     return 0 if verdict is None else verdict.status
 
 
-def _end_of(job: Job, directory: Path, console: Console, member: Member) -> Verdict | None:
+def _end_of(job: Job, directory: Path, console: Console, member: Member, run: str) -> Verdict | None:
     """Runs this machine's agent, and says what was wrong with its end."""
     rank, host = job.meeting.machine_rank, member.host
     try:
-        _run_agent(job, directory, console, host)
+        _run_agent(job, directory, console, run, host)
     except ChildFailedError as error:
         failures = tuple(read_failures(error.failures, host))
         return Verdict(Ending.FAILED, rank, host, failures, job.num_processes)
@@ -133,10 +133,13 @@ def _tell_restarts(job: Job, console: Console) -> None:
         console.print(told, style="red", soft_wrap=True)
 
 
-def _run_agent(job: Job, directory: Path, console: Console, host: str = "") -> None:
-    """Runs the ranks of this machine to their end; ChildFailedError where that is a bad one."""
+def _run_agent(job: Job, directory: Path, console: Console, run: str, host: str = "") -> None:
+    """Runs the ranks of this machine to their end; ChildFailedError where that is a bad one.
+
+    `run` names the run; ranks find it in their environment, as `attempt` reads it.
+    """
     meeting = job.meeting
-    rendezvous = _rendezvous(meeting)
+    rendezvous = _rendezvous(meeting, run)
 
     def restarting(failures: Failures, restarts_before: int) -> None:
         if failures:
@@ -176,7 +179,7 @@ def _run_agent(job: Job, directory: Path, console: Console, host: str = "") -> N
         raise ChildFailedError(job.program, failures)
 
 
-def _rendezvous(meeting: Meeting) -> RendezvousHandler:
+def _rendezvous(meeting: Meeting, run: str) -> RendezvousHandler:
     alone = meeting.num_machines == 1
     configs: dict[str, Any] = {}
     if meeting.backend == "static":
@@ -192,7 +195,7 @@ def _rendezvous(meeting: Meeting) -> RendezvousHandler:
         RendezvousParameters(
             backend=meeting.backend,
             endpoint=f"{meeting.address}:{meeting.port}",
-            run_id=uuid.uuid4().hex if alone else "shardwise",  # machines that meet must agree on it
+            run_id=run,
             min_nodes=meeting.min_machines or meeting.num_machines,
             max_nodes=meeting.num_machines,
             local_addr=_own_address(meeting),
