@@ -85,7 +85,7 @@ class Network:
         namespaces.ip("-n", self.namespace(host), "link", "set", INTERFACE, "down")
 
     def freeze(self, host: str) -> None:
-        """Stops every process of a machine but its sshd: nobody reads, answers or ends there."""
+        """Stops every process of a machine: nobody reads, answers or ends there."""
         for pid in self.running(host, ""):
             os.kill(pid, signal.SIGSTOP)
 
@@ -105,7 +105,9 @@ def two_machines(directory: Path) -> Iterator[Network]:
             log = (directory / f"sshd.{host}.log").open("wb")
             assert SSHD is not None
             sshd = network.command(host, SSHD, "-D", "-e", "-f", str(directory / "sshd_config"))
-            stack.callback(_stop, subprocess.Popen(sshd, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+            # In a session of its own: a group with stopped processes gets SIGHUP once the tests' shell has ended.
+            started = subprocess.Popen(sshd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            stack.callback(_stop, started)
         for host in ADDRESSES:
             _wait_for_sshd(network, host)
         yield network
