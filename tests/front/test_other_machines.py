@@ -54,7 +54,7 @@ def with_mvapichs_name(directory: Path) -> str:
 @pytest.mark.parametrize(
     ("launcher", "starter", "more"),
     [
-        pytest.param("pdsh", "beta", [], marks=installed("pdsh")),
+        pytest.param("pdsh", "beta", [], marks=[installed("pdsh"), pytest.mark.slow]),
         pytest.param("ssh", "alpha", ["--launcher_args", "-F {ssh_config}"], marks=pytest.mark.slow),
         # Open MPI would put the machine that it runs on first.
         pytest.param("openmpi", "beta", [], marks=[installed("mpirun.openmpi"), pytest.mark.slow]),
