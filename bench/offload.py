@@ -189,7 +189,7 @@ def _engine(workload: Workload, zero: dict[str, Any], trains: bool = True) -> An
 
 
 def _train(options: argparse.Namespace) -> dict[str, Any]:
-    reasons = {name: CONTENDERS[name].reason_to_skip() for name in TRAINED}
+    reasons = {name: CONTENDERS[name].reason_to_skip() for name in TRAINED if name in (BASELINE, *options.contenders)}
     for name, reason in reasons.items():
         if reason is not None:
             CONSOLE.print(f"[yellow]skipped[/] {name}: {reason}")
@@ -302,6 +302,8 @@ def _parse_options() -> argparse.Namespace:
     add("--parts", type=comma_separated(one_of(PARTS)), default=list(PARTS), help=f"of {', '.join(PARTS)}")
     add("--sizes", type=comma_separated(one_of(SHAPES)), default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
     add("--growing", type=comma_separated(one_of(GROWING)), default=list(GROWING), help=f"of {', '.join(GROWING)}")
+    add("--contenders", type=comma_separated(one_of(TRAINED)), default=list(TRAINED),
+        help=f"of the training, all in memory at once; {BASELINE} is always there; default: all")  # fmt: skip
     add("--path", type=Path, default=Path(tempfile.gettempdir()), help="directory on the disk that is measured")
     add("--rounds", type=at_least(1), default=7, help="measured rounds")
     add("--batch", type=at_least(1), default=2, help="sequences per rank and step")

@@ -10,7 +10,6 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,15 @@ def at_once(path: Path, entries: list[Entry]) -> FileRecord:
 
 def of_a_copy(path: Path, entries: list[Entry]) -> FileRecord:
     """Half of it is copied later."""
-    entries = [replace(entry, steady=index % 2 == 0) for index, entry in enumerate(entries)]
-    return write_shard_file(path, HostCopy(entries, []).complete())
+    return write_shard_file(path, copy_of(entries[::2], entries[1::2], []).complete())
+
+
+def copy_of(entries: list[Entry], later: list[Entry], slabs: list[Slab]) -> HostCopy:
+    copy = HostCopy(slabs)
+    copy.take(entries)
+    copy.take_later(later)
+    copy.wait()
+    return copy
 
 
 @pytest.fixture(params=[at_once, of_a_copy])
@@ -243,22 +249,22 @@ def test_a_copy_is_the_moment_of_its_making(tmp_path: Path) -> None:
     slabs: list[Slab] = []
     value = torch.randn(30011)
     wanted = value.clone()
-    copy = HostCopy([Entry.of("x", value)], slabs)
+    copy = copy_of([Entry.of("x", value)], [], slabs)
     value.zero_()
     check_file(tmp_path / "one", write_shard_file(tmp_path / "one", copy.complete()), {"x": wanted})
     addresses = [slab.address for slab in slabs]
     larger = torch.randn(50021)
-    copied = HostCopy([Entry.of("x", larger)], slabs).complete()
+    copied = copy_of([Entry.of("x", larger)], [], slabs).complete()
     check_file(tmp_path / "two", write_shard_file(tmp_path / "two", copied), {"x": larger})
     assert [slab.address for slab in slabs][: len(addresses)] == addresses, "memory was not used again"
     assert sum(slab.nbytes for slab in slabs) < larger.nbytes + 2 * BLOCK
-    HostCopy([Entry.of("x", wanted)], slabs).complete()
+    copy_of([Entry.of("x", wanted)], [], slabs).complete()
     assert len(slabs) == len(addresses), "more is kept than the last save needed"
 
 
 def test_what_is_steady_is_copied_when_it_is_asked_for() -> None:
     steady, other = torch.randn(70001), torch.randn(30)
-    copy = HostCopy([replace(Entry.of("x", steady), steady=True), Entry.of("y", other)], [])
+    copy = copy_of([Entry.of("y", other)], [Entry.of("x", steady)], [])
     steady.data.fill_(3.0)  # unseen by anybody
     other.fill_(3.0)
     values = {entry.key: torch.cat([part.load() for part in entry.parts]) for entry in copy.complete()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Thread
 
 import torch
 
@@ -79,14 +79,43 @@ def wait_for_devices(fillings: Iterable[Filling]) -> None:
             torch.accelerator.synchronize(device)
 
 
-def fill_all(fillings: Sequence[Filling], slabs: Sequence[Slab], threads: int) -> None:
-    """Fill one slab after the other; ``threads`` at once where everything is in host memory."""
-    on_host = all(copy.source.device.type == "cpu" for filling in fillings for copy in filling.copies)
-    threads = min(threads, MAX_THREADS, len(fillings)) if on_host else 1
-    if threads > 1:
-        with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-copy") as pool:
-            list(pool.map(Filling.fill, fillings, slabs))
-    else:
-        for filling, slab in zip(fillings, slabs, strict=True):
+class Copying:
+    """Slabs that are being filled: by threads where all is in host memory, else by the device.
+
+    Args:
+        fillings: what they are to hold.
+        slabs: one for each of them.
+        threads: that copy from host memory at once.
+    """
+
+    def __init__(self, fillings: Sequence[Filling], slabs: Sequence[Slab], threads: int) -> None:
+        self._fillings = fillings
+        self._work = iter(list(zip(fillings, slabs, strict=True)))
+        self._failure: BaseException | None = None
+        self._threads: list[Thread] = []
+        if any(copy.source.device.type != "cpu" for filling in fillings for copy in filling.copies):
+            self._fill()  # nothing of it takes time here: copies wait for their turn on the device
+            return
+        # Not an executor, which takes no work once the script has ended, where a save beside training may still run.
+        count = min(threads, MAX_THREADS, len(fillings))
+        self._threads = [Thread(target=self._run, name=f"shardwise-copy-{n}") for n in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def _fill(self) -> None:
+        for filling, slab in self._work:  # each pair goes to one thread
             filling.fill(slab)
-    wait_for_devices(fillings)
+
+    def _run(self) -> None:
+        try:
+            self._fill()
+        except BaseException as error:  # raised where the end is waited for
+            self._failure = error
+
+    def wait(self) -> None:
+        """Return when all is there."""
+        for thread in self._threads:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+        wait_for_devices(self._fillings)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from shardwise import torch_compat
-from shardwise.checkpoint.copies import Filling, fill_all
+from shardwise.checkpoint.copies import Copying, Filling
 from shardwise.checkpoint.direct_file import Slab
 from shardwise.checkpoint.shard_file import Entry
 from shardwise.errors import CheckpointError
@@ -16,46 +16,64 @@ from shardwise.zero.rest import InMemory
 
 SLAB_BYTES = 1 << 24
 """Of the memory of a copy, which one thread fills."""
+THREADS = 2
+"""That copy at once beside training. While training stands still there may be more: as many as torch computes with."""
 _ALIGNMENT = 16
 """Bytes: where a part may begin, whatever its dtype."""
 
 
 class HostCopy:
-    """Entries whose memory is a copy. What is steady is copied by ``complete``, on any thread.
+    """Entries whose memory is a copy.
 
     Args:
-        entries: of the file; all rest in memory.
         slabs: memory of earlier copies, which this one uses and makes as many as it needs: where pages were touched
             before, a copy takes a fraction of the time.
     """
 
-    def __init__(self, entries: Sequence[Entry], slabs: list[Slab]) -> None:
+    def __init__(self, slabs: list[Slab]) -> None:
         self._slabs = slabs
         self._num_used = 0
-        self._pinned = False
+        self._entries: list[Entry] = []
+        self._under_way: list[Copying] = []
         self._later: list[Entry] = []
+        self._versions: list[tuple[str, torch.Tensor, int]] = []
+
+    def take(self, entries: Sequence[Entry]) -> None:
+        """Copy them from now on, beside the caller; they may change after ``wait``."""
+        self._take(entries, max(THREADS, torch.get_num_threads()))
+
+    def _take(self, entries: Sequence[Entry], threads: int) -> None:
+        fillings: list[Filling] = []
+        first, pinned = self._num_used, any(map(_is_on_device, entries))
+        self._entries += [replace(entry, parts=tuple(self._place(entry, fillings, pinned))) for entry in entries]
+        self._under_way.append(Copying(fillings, self._slabs[first : self._num_used], threads))
+
+    def take_later(self, entries: Iterable[Entry]) -> None:
+        """Leave them for ``complete``: they do not change before that is done."""
         now: list[Entry] = []
         for entry in entries:
-            is_on_device = _is_on_device(entry)
-            self._pinned |= is_on_device
             # What comes from a device takes a bus that is faster than any disk, and its turn in a stream.
-            (self._later if entry.steady and not is_on_device else now).append(entry)
-        self._versions = [
+            (now if _is_on_device(entry) else self._later).append(entry)
+        self._versions += [
             (entry.key, tensor, torch_compat.version_of(tensor)) for entry in self._later for tensor in _memory(entry)
         ]
-        # Two threads where torch computes with one: for these milliseconds training does nothing else.
-        self._entries = self._copy(now, max(2, torch.get_num_threads()))
+        self.take(now)
+
+    def wait(self) -> None:
+        """Return when all that was taken is copied, but for what was left for later."""
+        while self._under_way:
+            self._under_way.pop().wait()
 
     def complete(self) -> list[Entry]:
-        """Copy what is steady; the originals are of no interest afterwards.
+        """Copy what was left, on any thread, and return what the file is to hold.
 
         Raises:
             CheckpointError: some of it has changed meanwhile.
         """
-        # By this thread alone: the other cores have better things to do, and pools take no work at a script's end.
-        self._entries += self._copy(self._later, threads=1)
+        later, self._later = self._later, []
+        self._take(later, THREADS)
+        self.wait()
         del self._slabs[self._num_used :]
-        self._later = []
         versions, self._versions = self._versions, []
         for key, tensor, version in versions:
             if torch_compat.version_of(tensor) != version:
@@ -65,14 +83,7 @@ class HostCopy:
                 )
         return self._entries
 
-    def _copy(self, entries: Sequence[Entry], threads: int) -> list[Entry]:
-        fillings: list[Filling] = []
-        first = self._num_used
-        copies = [replace(entry, parts=tuple(self._place(entry, fillings))) for entry in entries]
-        fill_all(fillings, self._slabs[first : self._num_used], threads)
-        return copies
-
-    def _place(self, entry: Entry, fillings: list[Filling]) -> Iterator[InMemory]:
+    def _place(self, entry: Entry, fillings: list[Filling], pinned: bool) -> Iterator[InMemory]:
         """Add what is to be copied to the last filling, and to new ones."""
         for tensor in _memory(entry):
             flat = tensor.detach().reshape(-1)
@@ -80,15 +91,15 @@ class HostCopy:
             while begin < flat.nbytes:
                 if not fillings or not fillings[-1].skip_to(_ALIGNMENT, SLAB_BYTES):
                     fillings.append(Filling())
-                    self._take_slab()
+                    self._take_slab(pinned)
                 at = fillings[-1].nbytes
                 taken = fillings[-1].add(flat, begin, SLAB_BYTES)
                 yield InMemory(self._slabs[self._num_used - 1].tensor[at : at + taken].view(flat.dtype))
                 begin += taken
 
-    def _take_slab(self) -> None:
+    def _take_slab(self, pinned: bool) -> None:
         if self._num_used == len(self._slabs):
-            self._slabs.append(Slab(SLAB_BYTES, self._pinned))
+            self._slabs.append(Slab(SLAB_BYTES, pinned))
         self._num_used += 1
 
 

@@ -94,7 +94,8 @@ def slices_of(segment: Segment, span: Span) -> Iterator[Slice]:
 class Part:
     """What this rank writes of a model: entries of its file, and its words for the manifest.
 
-    What several replicas hold the first one writes; of the others there is what only they know.
+    What several replicas hold the first one writes; of the others there is what only they know. The optimizer's state
+    comes in with ``plan_states``, so that what training changes before that can be copied meanwhile.
 
     Args:
         index: of the model in the checkpoint.
@@ -109,6 +110,9 @@ class Part:
         self._put = put
         self._writes_states = trained.comm.replica == 0
         self.entries: list[Entry] = []
+        """What training may change at once."""
+        self.state_entries: list[Entry] = []
+        """What only steps change: they wait for ``StateReaders``."""
         self.excluded = [
             name
             for unit in trained.units
@@ -137,8 +141,6 @@ class Part:
                         }
                 if self._writes_states:
                     self._weights(segment, found)
-        if self._writes_states:
-            self._states(found)
         self._gradients(found)
         return found
 
@@ -148,8 +150,11 @@ class Part:
                 found[name]["pieces"].append([span.begin, span.end])
                 self._add(WEIGHT, name, span.begin, [values])
 
-    def _states(self, found: dict[str, dict[str, Any]]) -> None:
+    def plan_states(self) -> None:
         """Runs cut finer than shards: what they hold of a piece is joined."""
+        if not self._writes_states:
+            return
+        found = self.parameters
         parts: dict[tuple[str, str], list[Rest]] = {}
         begins: dict[str, int] = {}
         for piece in self._trained.step.states() if self._trained.step is not None else ():
@@ -160,7 +165,7 @@ class Part:
             for key, values in piece.elementwise.items():
                 parts.setdefault((key, piece.name), []).append(values)
         for (key, name), joined in parts.items():
-            self._add(state_kind(key), name, begins[name], joined, steady=True)
+            self.state_entries.append(self._entry(state_kind(key), name, begins[name], joined))
 
     def _gradients(self, found: dict[str, dict[str, Any]]) -> None:
         """Of a step under way."""
@@ -186,10 +191,12 @@ class Part:
         said["reduced" if kind == REDUCED else "unreduced"] = DTYPE_NAMES[values.dtype]
         self._add(kind, name, span.begin, [values])
 
-    def _add(self, kind: str, name: str, begin: int, parts: list[Rest], steady: bool = False) -> None:
+    def _add(self, kind: str, name: str, begin: int, parts: list[Rest]) -> None:
+        self.entries.append(self._entry(kind, name, begin, parts))
+
+    def _entry(self, kind: str, name: str, begin: int, parts: list[Rest]) -> Entry:
         numel = sum(part.numel for part in parts)
-        key = key_of(self._index, kind, name, begin)
-        self.entries.append(Entry(key, parts[0].dtype, (numel,), tuple(parts), steady))
+        return Entry(key_of(self._index, kind, name, begin), parts[0].dtype, (numel,), tuple(parts))
 
     def _buffers(self) -> dict[str, str]:
         """Digests of the buffers: ranks whose buffers are rank 0's need not write them."""
@@ -201,13 +208,20 @@ class Part:
 
     @property
     def is_in_files(self) -> bool:
-        """Whether some of it is in no memory."""
-        return any(rest.memory() is None for entry in self.entries for rest in entry.parts)
+        """Whether some of it is in no memory; known before ``plan_states``."""
+        states = (segment.states for unit in self._trained.units for segment in unit.segments)
+        return any(each is not None and not each.is_in_memory for each in states) or any(
+            rest.memory() is None for entry in self.entries for rest in entry.parts
+        )
 
-    def add_buffers(self, wanted: Collection[str]) -> None:
-        """Write those, for they are this rank's own."""
-        for name in wanted:
-            self.entries.append(Entry.of(key_of(self._index, BUFFER, name), self._trained.references[name].detach()))
+    def forget_entries(self) -> None:
+        """They are in other hands; what was said of them stays."""
+        self.entries, self.state_entries = [], []
+
+    def buffer_entries(self, wanted: Collection[str]) -> list[Entry]:
+        """Those, for they are this rank's own to write."""
+        references = self._trained.references
+        return [Entry.of(key_of(self._index, BUFFER, name), references[name].detach()) for name in wanted]
 
     def _rest(self) -> dict[str, Any]:
         trained = self._trained

@@ -107,7 +107,7 @@ def save(place: Place, content: Content, meeting: Meeting, claims: Claims | None
         CheckpointError: something cannot be kept, or the disk does not take it, or another run saves there; what was
             there before still is.
     """
-    _Save(place, content, meeting, claims or Claims()).run()
+    _Save(place, content, meeting, claims or Claims(), None).run()
 
 
 class Background:
@@ -132,14 +132,14 @@ class Background:
             CheckpointError: something cannot be kept; or the save before this one failed.
         """
         self.finish(meeting)
-        self._saving = _Save(place, content, meeting, self.claims)
+        self._saving = _Save(place, content, meeting, self.claims, HostCopy(self._slabs))
         if self._saving.is_in_files:
             # A copy in host memory is what they are there to avoid.
+            self._slabs.clear()
             logger.warning("optimizer state or parameters rest in files: the save is written before training goes on.")
             saving, self._saving = self._saving, None
             saving.run()
             return
-        self._saving.copy_to_host(self._slabs)
         # No daemon: a script that ends waits for its last checkpoint.
         self._thread = threading.Thread(target=self._saving.run_beside_training, name="shardwise-save")
         self._thread.start()
@@ -179,13 +179,19 @@ class Background:
 class _Save:
     """One save as this rank does it."""
 
-    def __init__(self, place: Place, content: Content, meeting: Meeting, claims: Claims) -> None:
+    def __init__(self, place: Place, content: Content, meeting: Meeting, claims: Claims, copy: HostCopy | None) -> None:
         self._place = place
         self._meeting = meeting
         self._claims = claims
+        self._copy = copy
+        """Of what is written beside training; made while the rest is gathered."""
         self.is_copied = threading.Event()
-        """Set when training may change the optimizer's state, too, after ``copy_to_host``."""
-        self._gather(content)
+        """Set when training may change the optimizer's state, too, while the save goes on."""
+        try:
+            self._gather(content)
+        finally:
+            if copy is not None:
+                copy.wait()
 
     # --- gather
 
@@ -203,9 +209,14 @@ class _Save:
             self._parts = [
                 Part(index, trained, put, content.exclude_frozen) for index, trained in enumerate(content.models)
             ]
+            in_files = any(part.is_in_files for part in self._parts)
+            if self._copy is not None and not in_files:
+                self._copy.take([entry for part in self._parts for entry in part.entries])
+            for part in self._parts:
+                part.plan_states()
             said = {
                 "models": [part.words() for part in self._parts],
-                "in_files": any(part.is_in_files for part in self._parts),
+                "in_files": in_files,
                 "of_rank": encode(content.of_rank, put, "rank", content.allow_pickle),
             }
             if rank == 0:
@@ -216,14 +227,22 @@ class _Save:
 
         words = agree(meeting, "what a checkpoint keeps", collect)
         self._id = words[0]["id"]
-        for index, part in enumerate(self._parts):
-            owners = owners_of_buffers([word["models"][index] for word in words])
-            part.add_buffers([name for name, ranks in owners.items() if rank in ranks])
-        self._entries = [entry for part in self._parts for entry in part.entries] + trees
-        self._copy: HostCopy | None = None
         self._words = words
         self.is_in_files = any(word["in_files"] for word in words)
         """Whether some of it is in no memory of some rank."""
+        rest = trees
+        for index, part in enumerate(self._parts):
+            owners = owners_of_buffers([word["models"][index] for word in words])
+            rest += part.buffer_entries([name for name, ranks in owners.items() if rank in ranks])
+        states = [entry for part in self._parts for entry in part.state_entries]
+        self._entries: list[Entry] = []
+        if self._copy is None or self.is_in_files:
+            self._entries = [entry for part in self._parts for entry in part.entries] + states + rest
+        else:
+            self._copy.take(rest)
+            self._copy.take_later(states)
+        for part in self._parts:
+            part.forget_entries()  # a state that a load replaces must not live on until the next save
 
     def _prepare_directory(self) -> None:
         directory, own = self._place.directory, self._place.own_directory
@@ -242,16 +261,6 @@ class _Save:
             self._path().unlink(missing_ok=True)
             raise
         agree(self._meeting, "the end of a checkpoint", lambda: self._commit(files))
-
-    def copy_to_host(self, slabs: list[Slab]) -> None:
-        """Training may change all but the optimizer's state from here on.
-
-        ``slabs`` are for the copy, and become as many as it needs.
-        """
-        self._copy = HostCopy(self._entries, slabs)
-        self._entries = []
-        for part in self._parts:
-            part.entries.clear()  # a state that a load replaces must not live on until the next save
 
     def run_beside_training(self) -> None:
         """What ``run`` does, meeting in the directory; a failure is kept for ``raise_failure``."""

@@ -58,8 +58,6 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: tuple[Rest, ...]
-    steady: bool = False
-    """It does not change before all who read it are done: see ``StateReaders``."""
 
     @classmethod
     def of(cls, key: str, tensor: torch.Tensor) -> Entry:
