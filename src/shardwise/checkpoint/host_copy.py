@@ -62,7 +62,7 @@ class HostCopy:
     def wait(self) -> None:
         """Return when all that was taken is copied, but for what was left for later."""
         while self._under_way:
-            self._under_way.pop().wait()
+            self._under_way.pop(0).wait()
 
     def complete(self) -> list[Entry]:
         """Copy what was left, on any thread, and return what the file is to hold.

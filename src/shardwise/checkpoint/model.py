@@ -210,7 +210,7 @@ class Part:
     def is_in_files(self) -> bool:
         """Whether some of it is in no memory; known before ``plan_states``."""
         states = (segment.states for unit in self._trained.units for segment in unit.segments)
-        return any(each is not None and not each.is_in_memory for each in states) or any(
+        return any(each is not None and not each.in_memory for each in states) or any(
             rest.memory() is None for entry in self.entries for rest in entry.parts
         )
 

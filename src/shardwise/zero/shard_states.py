@@ -175,11 +175,6 @@ class ShardStates:
         """Bytes of the largest window in memory."""
         return max((self.plan.memory_bytes(window.span.numel) for window in self.windows), default=0)
 
-    @property
-    def is_in_memory(self) -> bool:
-        """Whether the store is memory that is worked on in place."""
-        return all(self._store.in_place(window.extent) is not None for window in self.windows[:1])
-
     # --------------------------------------------------------------------------------------------------- windows
 
     def start_load(self, window: Window, kinds: Sequence[str]) -> Loaded:
