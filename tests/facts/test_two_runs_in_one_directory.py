@@ -90,7 +90,7 @@ RUN = "0123456789abcdef" * 2
 
 def test_a_later_attempt_takes_over_from_a_process_that_its_launcher_has_given_up(tmp_path: Path) -> None:
     first, second = Claims(Attempt(RUN, 0)), Claims(Attempt(RUN, 1))
-    saving = _Save(Place(tmp_path, "old"), Content([], value_of(1), {"mine": torch.tensor([1])}), Alone(), first)
+    saving = _Save(Place(tmp_path, "old"), Content([], value_of(1), {"mine": torch.tensor([1])}), Alone(), first, None)
     assert in_a_fork(lambda: save_number(tmp_path, "new", 2, Claims()))
     assert in_a_fork(lambda: save_number(tmp_path, "new", 2, Claims(Attempt(RUN, 0))))
     assert in_a_fork(lambda: save_number(tmp_path, "new", 2, Claims(Attempt(RUN[::-1], 1))))

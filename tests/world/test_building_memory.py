@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.world.engine_runs import config_of, open_engine
 from tests.world.test_memory import live_bytes_beyond, live_storages
 from tests.worlds import World, _free_port
 
-WIDTH, DEPTH = 256, 24
+WIDTH, DEPTH = 256, 12
 ROOM = 4 * 4 * WIDTH**2
 """Four matrices."""
 
@@ -39,6 +40,11 @@ class Deep(nn.Module):
                 sample()
 
 
+def look_again(before: dict[int, int]) -> int:
+    time.sleep(0.05)  # a thread of gloo lets go of a buffer a moment after who waited for it goes on
+    return live_bytes_beyond(before)
+
+
 def peaks() -> dict[str, int]:
     gc.collect()
     before = live_storages()
@@ -53,7 +59,7 @@ def peaks() -> dict[str, int]:
         model = Deep(WIDTH, DEPTH, sample)
     found["whole"] = sum(parameter.nbytes for parameter in model.parameters())
     gc.collect()
-    found["built"] = live_bytes_beyond(before)
+    found["built"] = min(look_again(before) for _ in range(5))
     from shardwise.zero import parameters
 
     plain = parameters.copy_whole
