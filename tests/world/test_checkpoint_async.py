@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from shardwise.checkpoint import shard_file
-from shardwise.checkpoint.host_copy import HostCopy
 from shardwise.checkpoint.manifest import complete_tags
-from shardwise.checkpoint.shard_file import Entry
+from shardwise.checkpoint.save import _Save
 from shardwise.errors import CheckpointError
 from shardwise.zero.access import safe_set_full_optimizer_state
 from shardwise.zero.state_readers import StateReaders
@@ -48,13 +47,13 @@ class LastMoment:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.somebody_waits = threading.Event()
-        self._complete, self._wait = HostCopy.complete, StateReaders.wait
-        monkeypatch.setattr(HostCopy, "complete", lambda copy: self._complete_late(copy))
+        self._complete, self._wait = _Save._complete_copy, StateReaders.wait
+        monkeypatch.setattr(_Save, "_complete_copy", lambda saving: self._complete_late(saving))
         monkeypatch.setattr(StateReaders, "wait", lambda readers: self._wait_for(readers))
 
-    def _complete_late(self, copy: HostCopy) -> list[Entry]:
+    def _complete_late(self, saving: _Save) -> None:
         assert self.somebody_waits.wait(30), "nobody waits for the copy"
-        return self._complete(copy)
+        self._complete(saving)
 
     def _wait_for(self, readers: StateReaders) -> None:
         if readers._ends:

@@ -85,7 +85,7 @@ class Copying:
     Args:
         fillings: what they are to hold.
         slabs: one for each of them.
-        threads: that copy from host memory at once.
+        threads: that copy from host memory at once, with the one that waits for the end.
     """
 
     def __init__(self, fillings: Sequence[Filling], slabs: Sequence[Slab], threads: int) -> None:
@@ -97,7 +97,7 @@ class Copying:
             self._fill()  # nothing of it takes time here: copies wait for their turn on the device
             return
         # Not an executor, which takes no work once the script has ended, where a save beside training may still run.
-        count = min(threads, MAX_THREADS, len(fillings))
+        count = min(max(1, min(threads, MAX_THREADS) - 1), len(fillings))
         self._threads = [Thread(target=self._run, name=f"shardwise-copy-{n}") for n in range(count)]
         for thread in self._threads:
             thread.start()
@@ -113,7 +113,8 @@ class Copying:
             self._failure = error
 
     def wait(self) -> None:
-        """Return when all is there."""
+        """Return when all is there; until then the caller copies, too."""
+        self._fill()
         for thread in self._threads:
             thread.join()
         if self._failure is not None:

@@ -36,7 +36,11 @@ class HostCopy:
         self._entries: list[Entry] = []
         self._under_way: list[Copying] = []
         self._later: list[Entry] = []
-        self._versions: list[tuple[str, torch.Tensor, int]] = []
+        self._watched: list[tuple[str, torch.Tensor, int]] = []
+
+    def watch(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Let ``complete`` notice who changes these before they are copied; names are for its error."""
+        self._watched += [(name, tensor, torch_compat.version_of(tensor)) for name, tensor in tensors]
 
     def take(self, entries: Sequence[Entry]) -> None:
         """Copy them from now on, beside the caller; they may change after ``wait``."""
@@ -54,9 +58,6 @@ class HostCopy:
         for entry in entries:
             # What comes from a device takes a bus that is faster than any disk, and its turn in a stream.
             (now if _is_on_device(entry) else self._later).append(entry)
-        self._versions += [
-            (entry.key, tensor, torch_compat.version_of(tensor)) for entry in self._later for tensor in _memory(entry)
-        ]
         self.take(now)
 
     def wait(self) -> None:
@@ -68,17 +69,17 @@ class HostCopy:
         """Copy what was left, on any thread, and return what the file is to hold.
 
         Raises:
-            CheckpointError: some of it has changed meanwhile.
+            CheckpointError: something that is watched has changed meanwhile.
         """
         later, self._later = self._later, []
         self._take(later, THREADS)
         self.wait()
         del self._slabs[self._num_used :]
-        versions, self._versions = self._versions, []
-        for key, tensor, version in versions:
+        watched, self._watched = self._watched, []
+        for name, tensor, version in watched:
             if torch_compat.version_of(tensor) != version:
                 raise CheckpointError(
-                    f"{key} of the checkpoint was changed by hand while it was copied beside training. Call "
+                    f"{name} of an optimizer's state was changed by hand while it was copied beside training. Call "
                     "wait_for_checkpoint() before you change the optimizer's state."
                 )
         return self._entries

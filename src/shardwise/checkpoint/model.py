@@ -95,7 +95,7 @@ class Part:
     """What this rank writes of a model: entries of its file, and its words for the manifest.
 
     What several replicas hold the first one writes; of the others there is what only they know. The optimizer's state
-    comes in with ``plan_states``, so that what training changes before that can be copied meanwhile.
+    of this moment comes in with ``plan_states``, which may be called beside training where ``can_wait``.
 
     Args:
         index: of the model in the checkpoint.
@@ -111,8 +111,7 @@ class Part:
         self._writes_states = trained.comm.replica == 0
         self.entries: list[Entry] = []
         """What training may change at once."""
-        self.state_entries: list[Entry] = []
-        """What only steps change: they wait for ``StateReaders``."""
+        self._states = trained.step.states() if trained.step is not None and self._writes_states else iter(())
         self.excluded = [
             name
             for unit in trained.units
@@ -150,22 +149,36 @@ class Part:
                 found[name]["pieces"].append([span.begin, span.end])
                 self._add(WEIGHT, name, span.begin, [values])
 
-    def plan_states(self) -> None:
-        """Runs cut finer than shards: what they hold of a piece is joined."""
-        if not self._writes_states:
-            return
+    def plan_states(self) -> list[Entry]:
+        """What only steps change, and they wait for ``StateReaders``. To be called once, before the next step."""
         found = self.parameters
         parts: dict[tuple[str, str], list[Rest]] = {}
         begins: dict[str, int] = {}
-        for piece in self._trained.step.states() if self._trained.step is not None else ():
+        for piece in self._states:
             if piece.name not in begins:
                 begins[piece.name] = piece.within_parameter.begin
                 found[piece.name]["others"] = encode(dict(piece.others), self._put, f"optimizer.{piece.name}")
                 found[piece.name]["state"] = {k: DTYPE_NAMES[v.dtype] for k, v in piece.elementwise.items()}
             for key, values in piece.elementwise.items():
                 parts.setdefault((key, piece.name), []).append(values)
-        for (key, name), joined in parts.items():
-            self.state_entries.append(self._entry(state_kind(key), name, begins[name], joined))
+        # Runs cut finer than shards: what they hold of a piece is joined.
+        return [self._entry(state_kind(key), name, begins[name], joined) for (key, name), joined in parts.items()]
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether ``plan_states`` can be called beside training: the state is in plain host memory, or there is none.
+
+        What is on a device is copied in the order of its stream, and stores move what they hold.
+        """
+        units = self._trained.units
+        is_in_store = any(segment.states is not None for unit in units for segment in unit.segments)
+        return self._trained.comm.device.type == "cpu" and not is_in_store
+
+    def watched(self) -> list[tuple[str, torch.Tensor]]:
+        """The optimizer's tensors, with the names of their kinds."""
+        optimizer = self._trained.optimizer
+        states = () if optimizer is None else optimizer.state.values()
+        return [(key, v) for state in states for key, v in state.items() if isinstance(v, torch.Tensor)]
 
     def _gradients(self, found: dict[str, dict[str, Any]]) -> None:
         """Of a step under way."""
@@ -216,7 +229,7 @@ class Part:
 
     def forget_entries(self) -> None:
         """They are in other hands; what was said of them stays."""
-        self.entries, self.state_entries = [], []
+        self.entries = []
 
     def buffer_entries(self, wanted: Collection[str]) -> list[Entry]:
         """Those, for they are this rank's own to write."""
@@ -246,28 +259,33 @@ class Part:
         }
 
     def words(self) -> dict[str, Any]:
-        """For the other ranks: what their manifest needs of this rank; the rest all ranks know alike."""
+        """For rank 0: what the manifest needs of this rank, after ``plan_states``; the rest all ranks know alike."""
         described = {
             name: {key: record[key] for key in ("pieces", "state", "others", "gradient") if record.get(key)}
             for name, record in self.parameters.items()
         }
-        return {"parameters": {name: said for name, said in described.items() if said}, "buffers": self.buffers}
+        return {name: said for name, said in described.items() if said}
 
 
-def owners_of_buffers(words: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
-    """The ranks that write each buffer: rank 0, and those whose values differ from its."""
-    first = words[0]["buffers"]
+def owners_of_buffers(digests: Sequence[Mapping[str, str]]) -> dict[str, tuple[int, ...]]:
+    """The ranks that write each buffer: rank 0, and those whose values differ from its; of each rank's ``buffers``."""
     return {
-        name: (0, *(rank for rank, said in enumerate(words) if rank and said["buffers"].get(name) != digest))
-        for name, digest in first.items()
+        name: (0, *(rank for rank, said in enumerate(digests) if rank and said.get(name) != digest))
+        for name, digest in digests[0].items()
     }
 
 
-def merge(part: Part, words: Sequence[Mapping[str, Any]]) -> ModelRecord:
-    """The model's record: this rank's description, and where each rank's file holds what."""
+def merge(part: Part, words: Sequence[Mapping[str, Any]], owners: Mapping[str, tuple[int, ...]]) -> ModelRecord:
+    """The model's record: this rank's description, and where each rank's file holds what.
+
+    Args:
+        part: of this rank.
+        words: of each rank's part.
+        owners: of the buffers.
+    """
     parameters = {}
     for name, described in part.parameters.items():
-        said = [word["parameters"].get(name, {}) for word in words]
+        said = [word.get(name, {}) for word in words]
         pieces = sorted(
             (begin, end, rank) for rank, record in enumerate(said) for begin, end in record.get("pieces", ())
         )
@@ -282,7 +300,7 @@ def merge(part: Part, words: Sequence[Mapping[str, Any]]) -> ModelRecord:
             others=next((record["others"] for record in said if record.get("others")), None),
             gradient=_merge_gradient([record.get("gradient", {}) for record in said]),
         )
-    return ModelRecord(parameters=parameters, buffers=owners_of_buffers(words), **part.rest)
+    return ModelRecord(parameters=parameters, buffers=dict(owners), **part.rest)
 
 
 def _merge_gradient(said: Sequence[Mapping[str, str]]) -> dict[str, Any] | None:

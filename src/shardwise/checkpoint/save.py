@@ -2,9 +2,9 @@
 
 ::
 
-    gather    each rank names what it has; a mistake on one rank is everybody's error before a file is made
+    gather    each rank looks what it has; a mistake on one rank is everybody's error before a file is made
     write     each rank its file, under a name that no other save has; wait for the disk
-    agree     sizes and checksums travel to rank 0; a full disk on one rank is everybody's error
+    agree     what it holds, sizes and checksums travel to rank 0; a full disk on one rank is everybody's error
     commit    rank 0: manifest (one rename), then ``latest`` (one rename), then what nobody needs any more goes
 
 A crash before the commit leaves files that no manifest names; the next save of the same tag removes them.
@@ -13,6 +13,7 @@ A crash before the commit leaves files that no manifest names; the next save of 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -185,6 +186,10 @@ class _Save:
         self._claims = claims
         self._copy = copy
         """Of what is written beside training; made while the rest is gathered."""
+        self._trees: list[Entry] = []
+        self._tree_numbers = itertools.count()
+        self._states: list[Entry] | None = None
+        """What only steps change; None while it is not planned."""
         self.is_copied = threading.Event()
         """Set when training may change the optimizer's state, too, while the save goes on."""
         try:
@@ -197,52 +202,57 @@ class _Save:
 
     def _gather(self, content: Content) -> None:
         meeting, rank = self._meeting, self._meeting.rank
-        trees: list[Entry] = []
-
-        def put(tensor: torch.Tensor) -> str:
-            key = f"{rank}/tree/{len(trees)}"
-            trees.append(Entry.of(key, tensor))
-            return key
 
         def collect() -> dict[str, Any]:
             manifests.check_tag(self._place.tag)
             self._parts = [
-                Part(index, trained, put, content.exclude_frozen) for index, trained in enumerate(content.models)
+                Part(index, trained, self._put, content.exclude_frozen) for index, trained in enumerate(content.models)
             ]
             in_files = any(part.is_in_files for part in self._parts)
             if self._copy is not None and not in_files:
                 self._copy.take([entry for part in self._parts for entry in part.entries])
-            for part in self._parts:
-                part.plan_states()
-            said = {
-                "models": [part.words() for part in self._parts],
-                "in_files": in_files,
-                "of_rank": encode(content.of_rank, put, "rank", content.allow_pickle),
-            }
+            self._of_rank = encode(content.of_rank, self._put, "rank", content.allow_pickle)
+            said = {"in_files": in_files, "buffers": [part.buffers for part in self._parts]}
             if rank == 0:
-                said["shared"] = encode(content.shared, put, content.root, content.allow_pickle)
+                self._shared = encode(content.shared, self._put, content.root, content.allow_pickle)
                 said["id"] = secrets.token_hex(4)
                 self._prepare_directory()
+            if self._copy is None or in_files or not all(part.can_wait for part in self._parts):
+                self._states = self._plan_states()
             return said
 
         words = agree(meeting, "what a checkpoint keeps", collect)
         self._id = words[0]["id"]
-        self._words = words
         self.is_in_files = any(word["in_files"] for word in words)
         """Whether some of it is in no memory of some rank."""
-        rest = trees
-        for index, part in enumerate(self._parts):
-            owners = owners_of_buffers([word["models"][index] for word in words])
+        self._owners = [
+            owners_of_buffers([word["buffers"][index] for word in words]) for index in range(len(self._parts))
+        ]
+        rest, self._trees = self._trees, []
+        for part, owners in zip(self._parts, self._owners, strict=True):
             rest += part.buffer_entries([name for name, ranks in owners.items() if rank in ranks])
-        states = [entry for part in self._parts for entry in part.state_entries]
         self._entries: list[Entry] = []
         if self._copy is None or self.is_in_files:
+            states = self._plan_states() if self._states is None else self._states
             self._entries = [entry for part in self._parts for entry in part.entries] + states + rest
         else:
             self._copy.take(rest)
-            self._copy.take_later(states)
+            self._copy.watch(watched for part in self._parts for watched in part.watched())
+            if self._states is not None:
+                self._copy.take_later(self._states)
         for part in self._parts:
             part.forget_entries()  # a state that a load replaces must not live on until the next save
+
+    def _put(self, tensor: torch.Tensor) -> str:
+        """Take a tensor of a tree; its key."""
+        key = f"{self._meeting.rank}/tree/{next(self._tree_numbers)}"
+        self._trees.append(Entry.of(key, tensor))
+        return key
+
+    def _plan_states(self) -> list[Entry]:
+        planned = [entry for part in self._parts for entry in part.plan_states()]
+        trees, self._trees = self._trees, []
+        return planned + trees
 
     def _prepare_directory(self) -> None:
         directory, own = self._place.directory, self._place.own_directory
@@ -285,9 +295,11 @@ class _Save:
     def _complete_copy(self) -> None:
         try:
             if self._copy is not None:
+                if self._states is None:
+                    self._copy.take_later(self._plan_states())
                 self._entries = self._copy.complete()
         finally:
-            self._copy = None
+            self._copy = self._states = None
             self.is_copied.set()
 
     def raise_failure(self) -> None:
@@ -328,7 +340,13 @@ class _Save:
 
     def _write(self) -> dict[str, Any]:
         record = write_shard_file(self._path(), self._entries)
-        return {"name": record.name, "bytes": record.nbytes, "checksums": record.checksums}
+        return {
+            "name": record.name,
+            "bytes": record.nbytes,
+            "checksums": record.checksums,
+            "models": [part.words() for part in self._parts],
+            "of_rank": self._of_rank,
+        }
 
     def _commit(self, files: Sequence[Mapping[str, Any]]) -> None:
         if self._meeting.rank != 0:
@@ -356,15 +374,15 @@ class _Save:
 
     def _manifest(self, files: Sequence[Mapping[str, Any]]) -> Manifest:
         models: list[ModelRecord] = []
-        for index, part in enumerate(self._parts):
-            models.append(merge(part, [word["models"][index] for word in self._words]))
+        for index, (part, owners) in enumerate(zip(self._parts, self._owners, strict=True)):
+            models.append(merge(part, [file["models"][index] for file in files], owners))
         return Manifest(
             save_id=self._id,
             world=self._meeting.size,
             files=tuple(FileRecord(file["name"], file["bytes"], tuple(file["checksums"])) for file in files),
             models=tuple(models),
-            shared=self._words[0]["shared"],
-            ranks=tuple(word["of_rank"] for word in self._words),
+            shared=self._shared,
+            ranks=tuple(file["of_rank"] for file in files),
         )
 
 

@@ -250,22 +250,17 @@ class ShardedOptimizer:
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def states(self, rank: int) -> Iterator[StatePiece]:
-        """This rank's state of what is ``rank``'s shard; its own is what it keeps in a checkpoint."""
-        for runs in self._runs.values():
-            for run in runs:
-                if not self._has_state(run):
-                    continue
-                layout = run.segment.layout
-                _, others = split_state(self.inner.state[run.tensor], run.tensor)
-                elementwise = self._elementwise_of(run)
-                for piece in layout.pieces(run.span.intersect(layout.shard(rank))):
-                    part = piece.within_buffer.shift(-run.span.begin)
-                    yield StatePiece(
-                        run.segment.names[piece.slot],
-                        piece.within_parameter,
-                        {key: value.part(part) for key, value in elementwise.items()},
-                        others,
-                    )
+        """This rank's state of what is ``rank``'s shard; its own is what it keeps in a checkpoint.
+
+        It is the state of the moment of the call, whenever before the next step it is iterated.
+        """
+        held = [
+            (run, self._elementwise_of(run), split_state(self.inner.state[run.tensor], run.tensor)[1])
+            for runs in self._runs.values()
+            for run in runs
+            if self._has_state(run)
+        ]
+        return (piece for each in held for piece in _pieces_of(*each, rank))
 
     def _has_state(self, run: Run) -> bool:
         return bool(self.inner.state.get(run.tensor))
@@ -394,6 +389,14 @@ def _refuse_foreign_step(optimizer: ShardedOptimizer | None) -> None:
             "step() was called on the optimizer that was passed to initialize(): it would step shards whose gradients "
             "are not averaged. Call engine.step(), or step() of the optimizer that initialize() returned."
         )
+
+
+def _pieces_of(run: Run, elementwise: Mapping[str, Rest], others: Mapping[str, Any], rank: int) -> Iterator[StatePiece]:
+    layout = run.segment.layout
+    for piece in layout.pieces(run.span.intersect(layout.shard(rank))):
+        part = piece.within_buffer.shift(-run.span.begin)
+        values = {key: value.part(part) for key, value in elementwise.items()}
+        yield StatePiece(run.segment.names[piece.slot], piece.within_parameter, values, others)
 
 
 def is_unused(run: Run, unused: frozenset[str]) -> bool:

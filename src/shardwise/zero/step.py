@@ -85,7 +85,10 @@ class Step(Protocol):
         """Go on in the middle of a step, after ``clear_gradients``; the units' buffers are resumed apart."""
 
     def states(self, rank: int | None = None) -> Iterator[StatePiece]:
-        """The optimizer's state of this rank's shard, for a checkpoint; or what this rank steps of another's."""
+        """The optimizer's state of this rank's shard, for a checkpoint; or what this rank steps of another's.
+
+        It is the state of the moment of the call, wherever and whenever before the next step it is iterated.
+        """
 
     def read_states(self, saved: SavedStates) -> Callable[[], None]:
         """Read the state of what this rank steps; what is returned puts it in the place of the present one."""
@@ -371,12 +374,9 @@ class LocalStep:
 
     def states(self, rank: int | None = None) -> Iterator[StatePiece]:
         """The optimizer's state of all parameters, for a checkpoint."""
-        for parameter, name in self._names.items():
-            state = self._optimizer.state.get(parameter)
-            if state:
-                elementwise, others = split_state(state, parameter)
-                flat = {key: InMemory(value.reshape(-1)) for key, value in elementwise.items()}
-                yield StatePiece(name, Span(0, parameter.numel()), flat, others)
+        states = self._optimizer.state
+        held = [(p, name, dict(states[p])) for p, name in self._names.items() if states.get(p)]
+        return (_piece(*each) for each in held)
 
     def read_states(self, saved: SavedStates) -> Callable[[], None]:
         """Read the state of all parameters; what is returned puts it in the place of the present one."""
@@ -408,6 +408,12 @@ class LocalStep:
         self.readers.close()
         self._last_gradients = []
         self.clear_gradients()
+
+
+def _piece(parameter: torch.Tensor, name: str, state: Mapping[str, object]) -> StatePiece:
+    elementwise, others = split_state(state, parameter)
+    flat = {key: InMemory(value.reshape(-1)) for key, value in elementwise.items()}
+    return StatePiece(name, Span(0, parameter.numel()), flat, others)
 
 
 def _is_elementwise(key: str, value: object, parameter: torch.Tensor) -> bool:
