@@ -319,14 +319,17 @@ class OnePass:
         return self._slots
 
     def take(self) -> torch.Tensor:
-        """[N] the buffer in the travelling dtype, zeros where nothing came; the caller gives it back."""
+        """[N] the buffer in the travelling dtype, zeros where nothing came; the caller gives it back.
+
+        Of one rank alone nothing travels: a sum of several passes stays in the master's dtype.
+        """
         slots = self._borrowed(self._travel_dtype)
         for index, gradient in self._scattered.items():
             slots.add(index, gradient)
         self._scattered.clear()
         self._slots = None
         buffer = slots.complete()
-        if buffer.dtype != self._travel_dtype:
+        if buffer.dtype != self._travel_dtype and self._comm.world.size > 1:
             wide, buffer = buffer, self._comm.borrow(self.layout.numel, self._travel_dtype)
             buffer.copy_(wide)
             self._comm.give_back(wide)

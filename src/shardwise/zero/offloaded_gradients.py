@@ -1,6 +1,9 @@
 """Gradients that leave the device as soon as they are averaged, and come back window by window for their step.
 
 Where a unit is stepped at once its gradient does not go to a file: it *lands* in memory that is lent for that.
+
+One rank alone averages nothing: the first gradient of a step leaves in the *narrow* dtype of the pass, bf16 or fp16,
+and is widened for its step in host memory: the same bits, in half the bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ class _Shelf(Protocol):
         """[shard] where the reduction may sum into the shelf itself; else None."""
 
     def put(self, owned: torch.Tensor) -> None:
-        """Keep ``owned`` [shard]; a copy may go on when this returns."""
+        """Keep ``owned`` [shard], wide or narrow; a copy may go on when this returns."""
 
     def window(self, place: Span, window: torch.Tensor) -> torch.Tensor:
         """[place] the gradient there; ``window`` holds what a store brought."""
@@ -34,9 +37,12 @@ class _Shelf(Protocol):
 class _InStates:
     """In the store, window by window."""
 
-    def __init__(self, states: ShardStates, span: Span) -> None:
+    def __init__(self, states: ShardStates, span: Span, dtype: torch.dtype) -> None:
         self._states = states
         self._span = span
+        self._dtype = dtype
+        self.narrow: torch.dtype | None = None
+        """In which dtype the store has it, if that is not the wide one."""
 
     def memory(self) -> torch.Tensor | None:
         """A transfer is needed."""
@@ -44,18 +50,31 @@ class _InStates:
 
     def put(self, owned: torch.Tensor) -> None:
         """To the store."""
-        self._states.write(GRADIENT, self._span, owned)
+        self.narrow = owned.dtype if owned.dtype != self._dtype else None
+        self._states.write(GRADIENT, self._span, owned, self.narrow)
+
+    def read(self, owned: torch.Tensor) -> torch.Tensor:
+        """Fill ``owned`` [shard], wide."""
+        if self.narrow is None:
+            self._states.read(GRADIENT, self._span, owned)
+            return owned
+        as_kept = torch.empty_like(owned, dtype=self.narrow)
+        self._states.read(GRADIENT, self._span, as_kept, self.narrow)
+        return owned.copy_(as_kept)
 
     def window(self, place: Span, window: torch.Tensor) -> torch.Tensor:
-        """From the store."""
-        return window
+        """From the store; what is narrow lies at the begin of the window's memory."""
+        if self.narrow is None:
+            return window
+        return window.copy_(window.view(self.narrow)[: place.numel].clone())
 
 
 class _Landed:
     """In host memory that was lent until the step is over."""
 
-    def __init__(self, shard: torch.Tensor, beside: Beside) -> None:
-        self._shard = shard
+    def __init__(self, slab: Slab, numel: int, dtype: torch.dtype, beside: Beside) -> None:
+        self._slab = slab
+        self._shard = slab.tensor(dtype, 0, numel)
         self._beside = beside
 
     def memory(self) -> torch.Tensor | None:
@@ -65,13 +84,15 @@ class _Landed:
     def put(self, owned: torch.Tensor) -> None:
         """On the second stream, which the step's thread waits for."""
         if owned is not self._shard:
+            self._shard = self._slab.tensor(owned.dtype, 0, owned.numel())
             with self._beside.run():
                 self._shard.copy_(owned, non_blocking=True)
             self._beside.holds(owned)
 
     def window(self, place: Span, window: torch.Tensor) -> torch.Tensor:
-        """A view."""
-        return self._shard[place.begin : place.end]
+        """A view, or widened into ``window``."""
+        landed = self._shard[place.begin : place.end]
+        return landed if landed.dtype == window.dtype else window.copy_(landed)
 
 
 class OffloadedGradients:
@@ -90,7 +111,7 @@ class OffloadedGradients:
         self._span = comm.my_span(self.layout.cuts)
         self.for_optimizer = guard(torch.Size([self._span.numel]), dtype, torch.device("cpu"))
         self._norms = torch.zeros(1, dtype=dtype, device=comm.device)
-        self._store_shelf: _Shelf = _InStates(states, self._span)
+        self._store_shelf = _InStates(states, self._span, dtype)
         self._shelf: _Shelf = self._store_shelf
         self._factor = 1.0
         self._holds_gradient = False
@@ -108,7 +129,7 @@ class OffloadedGradients:
         """Brings the shard to memory once more."""
         owned = self._owned_so_far()
         owned.clamp_(-bound, bound)
-        self._keep(owned)
+        self._keep(owned, owned)
 
     def multiply(self, factor: float) -> None:
         """Later, in ``fill``."""
@@ -134,7 +155,7 @@ class OffloadedGradients:
 
     def land_in(self, memory: Slab) -> None:
         """The next reduction is the last one before the step, which follows at once: until ``clear``."""
-        self._shelf = _Landed(memory.tensor(self._dtype, 0, self._span.numel), self._states.beside)
+        self._shelf = _Landed(memory, self._span.numel, self._dtype, self._states.beside)
 
     def add(self, index: int, gradient: torch.Tensor, keep: bool) -> None:
         """Into the buffer of the pass."""
@@ -145,17 +166,18 @@ class OffloadedGradients:
         buffer = self._pass.take()
         accumulate, self._holds_gradient = self._holds_gradient, True
         lent, owned = None, self._shelf.memory()
+        leaves_narrow = owned is None and not accumulate and self._comm.world.size == 1
         if owned is None and not accumulate and buffer.dtype == self._dtype:
             # The first reduction of a step may sum into the buffer itself.
             owned = self._comm.my_slice(buffer, self.layout.cuts)
         elif owned is None:
             lent = owned = self._comm.borrow(self._span.numel, self._dtype)
         if accumulate:
-            self._states.read(GRADIENT, self._span, owned)
+            self._store_shelf.read(owned)
         pending = self._comm.reduce_scatter(identity, buffer, self.layout.cuts, owned, accumulate)
 
         def keep() -> None:
-            self._keep(owned)
+            self._keep(owned, buffer if leaves_narrow else owned)
             self._comm.give_back(buffer)
             if lent is not None:
                 self._comm.give_back(lent)
@@ -165,14 +187,14 @@ class OffloadedGradients:
             return pending
         return Then(pending, keep)
 
-    def _keep(self, owned: torch.Tensor) -> None:
+    def _keep(self, owned: torch.Tensor, same: torch.Tensor) -> None:
+        """Both hold the same numbers; ``same`` may be narrow."""
         self._norms = norms_of(owned, self.layout)
-        self._shelf.put(owned)
+        self._shelf.put(same)
 
     def _owned_so_far(self) -> torch.Tensor:
         owned = torch.empty(self._span.numel, dtype=self._dtype, device=self._comm.device)
-        self._states.read(GRADIENT, self._span, owned)
-        return owned
+        return self._store_shelf.read(owned)
 
     def spread(self, identity: CollectiveId) -> Pending | None:
         """The optimizer steps this rank's shard only."""
@@ -180,13 +202,16 @@ class OffloadedGradients:
 
     def so_far(self) -> SoFar:
         """What the store holds, and what passes under ``no_sync`` have left in the borrowed buffer."""
+        if self._store_shelf.narrow is not None:
+            self._store_shelf.put(self._owned_so_far())  # who reads or edits it expects the wide dtype
         reduced = self._states.rest(GRADIENT, self._span) if self._holds_gradient else None
         return SoFar(reduced, self._pass.written())
 
     def resume(self, so_far: SoFar) -> None:
         """The same places."""
         if so_far.reduced is not None:
-            self._keep(so_far.reduced.load().to(self._comm.device))
+            owned = so_far.reduced.load().to(self._comm.device)
+            self._keep(owned, owned)
             self._holds_gradient = True
         for index, gradient in so_far.unreduced.items():
             self.add(index, gradient, keep=True)
@@ -197,6 +222,7 @@ class OffloadedGradients:
         self._holds_gradient = False
         self._factor = 1.0
         self._shelf = self._store_shelf
+        self._store_shelf.narrow = None
 
     def resting_tensors(self) -> list[torch.Tensor]:
         """Nothing rests in memory."""

@@ -230,7 +230,7 @@ class ShardStates:
     def views(self, kind: str, span: Span) -> list[torch.Tensor] | None:
         """Elements ``span`` where the store keeps them, window by window; None where it is no memory."""
         found = []
-        for common, extent, begin in self._parts(kind, span):
+        for common, extent, begin in self._parts(kind, span, self.plan.dtype(kind)):
             memory = self._store.in_place(extent)
             if memory is None:
                 return None
@@ -238,12 +238,13 @@ class ShardStates:
         self.beside.end().wait()  # some may still be on its way from the device
         return found
 
-    def read(self, kind: str, span: Span, out: torch.Tensor) -> None:
-        """Fill ``out`` [span], on any device."""
-        for common, extent, begin in self._parts(kind, span):
+    def read(self, kind: str, span: Span, out: torch.Tensor, narrow: torch.dtype | None = None) -> None:
+        """Fill ``out`` [span], on any device; ``narrow`` as in ``write``."""
+        dtype = narrow or self.plan.dtype(kind)
+        for common, extent, begin in self._parts(kind, span, dtype):
             target = out[common.begin - span.begin : common.end - span.begin]
             memory = self._store.in_place(extent)
-            dtype, num_bytes = self.plan.dtype(kind), common.numel * self.plan.dtype(kind).itemsize
+            num_bytes = common.numel * dtype.itemsize
             if memory is not None:
                 with self.beside.run():
                     target.copy_(memory.tensor(dtype, begin, common.numel), non_blocking=True)
@@ -256,12 +257,21 @@ class ShardStates:
             finally:
                 self._staging().give_back(slab)
 
-    def write(self, kind: str, span: Span, values: torch.Tensor) -> None:
-        """Keep ``values`` [span], from any device; the transfer may go on when this returns."""
-        for common, extent, begin in self._parts(kind, span):
+    def write(self, kind: str, span: Span, values: torch.Tensor, narrow: torch.dtype | None = None) -> None:
+        """Keep ``values`` [span], from any device; the transfer may go on when this returns.
+
+        Args:
+            kind: which.
+            span: whole windows where it is narrow.
+            values: in the plan's dtype, or to be converted to it; exactly ``narrow`` where that is given.
+            narrow: a dtype of fewer bytes than the plan's, in which the store is to have them: from the begin of each
+                window's place on. Who reads must know.
+        """
+        dtype = narrow or self.plan.dtype(kind)
+        for common, extent, begin in self._parts(kind, span, dtype):
             source = values[common.begin - span.begin : common.end - span.begin]
             memory = self._store.in_place(extent)
-            dtype, num_bytes = self.plan.dtype(kind), common.numel * self.plan.dtype(kind).itemsize
+            num_bytes = common.numel * dtype.itemsize
             if memory is not None:
                 with self.beside.run():
                     memory.tensor(dtype, begin, common.numel).copy_(source, non_blocking=True)
@@ -271,9 +281,8 @@ class ShardStates:
             slab.tensor(dtype, 0, common.numel).copy_(source)
             self._staging().give_back(slab, after=[self._store.start_write(extent, begin, slab.bytes(0, num_bytes))])
 
-    def _parts(self, kind: str, span: Span) -> Iterator[tuple[Span, Extent, int]]:
+    def _parts(self, kind: str, span: Span, dtype: torch.dtype) -> Iterator[tuple[Span, Extent, int]]:
         """What of ``span`` lies in each window: the elements, the extent, and the first byte in it."""
-        dtype = self.plan.dtype(kind)
         for window in self.windows:
             common = span.intersect(window.span)
             if common.numel:

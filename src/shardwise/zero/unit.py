@@ -130,6 +130,8 @@ def with_gradients(comm: Communicator, segment: Segment, precision: Precision, c
             else OffloadedGradients(comm, dtype, one_pass, states)
         )
     else:
+        # Of one rank alone nothing travels, and a sum of several passes need not be rounded.
+        travel = dtype if comm.world.size == 1 else travel
         gradients = ResidentGradients(comm, segment.layout, dtype, travel, segment.parameters.master_span)
     return replace(segment, gradients=gradients)
 
