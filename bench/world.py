@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +24,14 @@ def run_in_world(world_size: int, threads: int, function: Callable[..., Result],
 
     ``function`` and its arguments are pickled, so it stands at the top of a module. Each process has ``threads``
     threads for torch and a process group over gloo. The first rank that fails ends the others, and its error is
-    raised here with its traceback.
+    raised here with its traceback. SIGTERM ends them, too.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is open is closed on the way out
     # Read when a process loads its OpenMP runtime, which is before any of our code runs there.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryDirectory() as folder:
         rank_arguments = (world_size, threads, _free_port(), folder, function, arguments)
-        spawn(_run_rank, rank_arguments, nprocs=world_size)
+        spawn(_run_rank, rank_arguments, nprocs=world_size, daemon=True)
         # Written by our own ranks a moment ago: nothing foreign is unpickled.
         return [pickle.loads((Path(folder) / f"{rank}").read_bytes()) for rank in range(world_size)]
 
