@@ -485,7 +485,7 @@ def _stall_table(ranks: list[dict[str, Measured]]) -> Table:
 def main() -> None:
     """Run what the command line asks for and print it."""
     options = _parse_options()
-    workload = Workload(SHAPES[options.size], 1, 16, "adamw", options.seed)
+    workload = Workload(SHAPES[options.size], 1, options.seq, "adamw", options.seed)
     every = list(_builders(workload, options.stage, options.world))
     unknown = set(options.contenders or ()).difference(every)
     if unknown:
@@ -523,6 +523,7 @@ def _parse_options() -> argparse.Namespace:
     add("--world", type=at_least(1), default=2, help="processes")
     add("--contenders", nargs="+", metavar="NAME", help=f"only these, and {DISK}; default: all")
     add("--threads", type=at_least(1), default=1, help="threads per process")
+    add("--seq", type=at_least(1), default=16, help="tokens of a step beside a save; default: %(default)s")
     add("--directory", type=Path, default=Path.cwd(), help="on the disk that is measured; default: the current one")
     add("--seed", type=int, default=0)
     add("--json", type=Path, help="write everything measured to this file")
