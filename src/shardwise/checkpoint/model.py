@@ -119,46 +119,53 @@ class Part:
             if exclude_frozen and not segment.trainable
             for name in segment.names
         ]
-        self.parameters = self._parameters()
+        self._words: dict[str, dict[str, Any]] = {}
+        if self._writes_states:
+            self._weights()
+        self._gradients()
         self.buffers = self._buffers()
         self.rest = self._rest()
 
-    def _parameters(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What all ranks know alike of each parameter."""
+        excluded = frozenset(self.excluded)
+        return {
+            slot.name: {
+                "shape": tuple(slot.shape),
+                "dtype": DTYPE_NAMES[segment.parameters.resting.dtype],
+                "compute": DTYPE_NAMES[segment.dtype],
+                "trainable": segment.trainable,
+                "group": slot.group,
+            }
+            for unit in self._trained.units
+            for segment in unit.segments
+            for slot in segment.layout.slots
+            if slot.name not in excluded
+        }
+
+    def _of(self, name: str) -> dict[str, Any]:
+        """The words of one parameter."""
+        return self._words.setdefault(name, {})
+
+    def _weights(self) -> None:
         excluded = frozenset(self.excluded)
         for unit in self._trained.units:
             for segment in unit.segments:
-                for slot in segment.layout.slots:
-                    if slot.name not in excluded:
-                        found[slot.name] = {
-                            "shape": slot.shape,
-                            "dtype": DTYPE_NAMES[segment.parameters.resting.dtype],
-                            "compute": DTYPE_NAMES[segment.dtype],
-                            "trainable": segment.trainable,
-                            "group": slot.group,
-                            "pieces": [],
-                        }
-                if self._writes_states:
-                    self._weights(segment, found)
-        self._gradients(found)
-        return found
-
-    def _weights(self, segment: Segment, found: dict[str, dict[str, Any]]) -> None:
-        for name, span, values in slices_of(segment, segment.layout.shard(self._trained.comm.rank)):
-            if name in found:
-                found[name]["pieces"].append([span.begin, span.end])
-                self._add(WEIGHT, name, span.begin, [values])
+                for name, span, values in slices_of(segment, segment.layout.shard(self._trained.comm.rank)):
+                    if name not in excluded:
+                        self._of(name).setdefault("pieces", []).append([span.begin, span.end])
+                        self._add(WEIGHT, name, span.begin, [values])
 
     def plan_states(self) -> list[Entry]:
         """What only steps change, and they wait for ``StateReaders``. To be called once, before the next step."""
-        found = self.parameters
         parts: dict[tuple[str, str], list[Rest]] = {}
         begins: dict[str, int] = {}
         for piece in self._states:
             if piece.name not in begins:
                 begins[piece.name] = piece.within_parameter.begin
-                found[piece.name]["others"] = encode(dict(piece.others), self._put, f"optimizer.{piece.name}")
-                found[piece.name]["state"] = {k: DTYPE_NAMES[v.dtype] for k, v in piece.elementwise.items()}
+                said = self._of(piece.name)
+                said["others"] = encode(dict(piece.others), self._put, f"optimizer.{piece.name}")
+                said["state"] = {k: DTYPE_NAMES[v.dtype] for k, v in piece.elementwise.items()}
             for key, values in piece.elementwise.items():
                 parts.setdefault((key, piece.name), []).append(values)
         # Runs cut finer than shards: what they hold of a piece is joined.
@@ -180,7 +187,7 @@ class Part:
         states = () if optimizer is None else optimizer.state.values()
         return [(key, v) for state in states for key, v in state.items() if isinstance(v, torch.Tensor)]
 
-    def _gradients(self, found: dict[str, dict[str, Any]]) -> None:
+    def _gradients(self) -> None:
         """Of a step under way."""
         rank = self._trained.comm.rank
         for unit in self._trained.units:
@@ -191,16 +198,16 @@ class Part:
                     for piece in segment.layout.pieces(shard):
                         part = piece.within_buffer.shift(-shard.begin)
                         values = so_far.reduced.part(part)
-                        self._add_gradient(found, REDUCED, segment.names[piece.slot], values, piece.within_parameter)
+                        self._add_gradient(REDUCED, segment.names[piece.slot], values, piece.within_parameter)
                 for slot, whole in so_far.unreduced.items():
                     rest = InMemory(whole.reshape(-1))
-                    self._add_gradient(found, UNREDUCED, segment.names[slot], rest, Span(0, whole.numel()))
+                    self._add_gradient(UNREDUCED, segment.names[slot], rest, Span(0, whole.numel()))
         if self._trained.step is not None:
             for name, whole in self._trained.step.local_gradients().items():
-                self._add_gradient(found, REDUCED, name, InMemory(whole.reshape(-1)), Span(0, whole.numel()))
+                self._add_gradient(REDUCED, name, InMemory(whole.reshape(-1)), Span(0, whole.numel()))
 
-    def _add_gradient(self, found: dict[str, dict[str, Any]], kind: str, name: str, values: Rest, span: Span) -> None:
-        said = found[name].setdefault("gradient", {})
+    def _add_gradient(self, kind: str, name: str, values: Rest, span: Span) -> None:
+        said = self._of(name).setdefault("gradient", {})
         said["reduced" if kind == REDUCED else "unreduced"] = DTYPE_NAMES[values.dtype]
         self._add(kind, name, span.begin, [values])
 
@@ -260,11 +267,7 @@ class Part:
 
     def words(self) -> dict[str, Any]:
         """For rank 0: what the manifest needs of this rank, after ``plan_states``; the rest all ranks know alike."""
-        described = {
-            name: {key: record[key] for key in ("pieces", "state", "others", "gradient") if record.get(key)}
-            for name, record in self.parameters.items()
-        }
-        return {name: said for name, said in described.items() if said}
+        return self._words
 
 
 def owners_of_buffers(digests: Sequence[Mapping[str, str]]) -> dict[str, tuple[int, ...]]:
@@ -284,17 +287,13 @@ def merge(part: Part, words: Sequence[Mapping[str, Any]], owners: Mapping[str, t
         owners: of the buffers.
     """
     parameters = {}
-    for name, described in part.parameters.items():
+    for name, described in part.describe().items():
         said = [word.get(name, {}) for word in words]
         pieces = sorted(
             (begin, end, rank) for rank, record in enumerate(said) for begin, end in record.get("pieces", ())
         )
         parameters[name] = ParameterRecord(
-            shape=tuple(described["shape"]),
-            dtype=described["dtype"],
-            compute=described["compute"],
-            trainable=described["trainable"],
-            group=described["group"],
+            **described,
             pieces=tuple((rank, begin, end) for begin, end, rank in pieces),
             state=next((record["state"] for record in said if record.get("state")), {}),
             others=next((record["others"] for record in said if record.get("others")), None),

@@ -142,11 +142,17 @@ class Background:
             saving.run()
             return
         # No daemon: a script that ends waits for its last checkpoint.
-        self._thread = threading.Thread(target=self._saving.run_beside_training, name="shardwise-save")
+        may_begin = threading.Event()
+        self._thread = threading.Thread(
+            target=self._saving.run_beside_training, args=(may_begin,), name="shardwise-save"
+        )
         self._thread.start()
-        for trained in content.models:
-            if trained.step is not None:
-                trained.step.readers.add(self._saving.is_copied)
+        try:
+            for trained in content.models:
+                if trained.step is not None:
+                    trained.step.readers.add(self._saving.is_copied)
+        finally:
+            may_begin.set()
 
     def finish(self, meeting: Meeting) -> None:
         """Return when the save is complete on all ranks. Collective where one was started.
@@ -272,8 +278,13 @@ class _Save:
             raise
         agree(self._meeting, "the end of a checkpoint", lambda: self._commit(files))
 
-    def run_beside_training(self) -> None:
-        """What ``run`` does, meeting in the directory; a failure is kept for ``raise_failure``."""
+    def run_beside_training(self, may_begin: threading.Event) -> None:
+        """What ``run`` does, meeting in the directory; a failure is kept for ``raise_failure``.
+
+        Args:
+            may_begin: is waited for: a new thread that computes at once keeps Python from the caller for milliseconds.
+        """
+        may_begin.wait()
         self._failure: Exception | None = None
         try:
             try:
