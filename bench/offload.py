@@ -1,8 +1,8 @@
 """States off the device, against disk, arithmetic and DeepSpeed: ``python -m bench.offload --help``.
 
 ``step``       ``engine.step()`` of one rank whose optimizer states rest in a file, in turns with the same reads and
-               writes without arithmetic, and with the same arithmetic without a file. A step is as good as its
-               bottleneck: the larger of the two shares is what counts
+               writes without arithmetic, and with the same arithmetic without a file, each turn in a process of its
+               own. A step is as good as its bottleneck: the larger of the two shares is what counts
 ``train``      whole training steps of two ranks, beside DeepSpeed with its states in host memory
 ``growth``     the time of a whole step as the model doubles
 ``inference``  tokens one at a time with the weights in a file, against reading the file
@@ -19,9 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.table import Table
 
@@ -37,6 +39,7 @@ from bench.report import CONSOLE, print_facts, write_json
 from bench.workload import Workload
 from bench.world import run_in_world
 from shardwise.store.aligned import SlabPool
+from shardwise.store.base import PAGE_BYTES
 from shardwise.store.chunk_stream import Chunk, ChunkStream
 from shardwise.store.direct_io import DirectIO
 from shardwise.store.swap_file import SwapFile
@@ -49,6 +52,8 @@ GROWING = {
     "400M": GPTShape(14, 1536, 12, 2048, 512),
     "800M": GPTShape(16, 2048, 16, 2048, 512),
 }
+TOKENS_A_TURN = 4
+STEPS_A_TURN = 4
 BASELINE = "shardwise2_cpu"
 TRAINED = (
     "shardwise2_cpu", "shardwise3_cpu", "shardwise2_nvme", "shardwise2_nvme_early", "shardwise3_nvme",
@@ -94,8 +99,7 @@ def _steps(options: argparse.Namespace) -> dict[str, Step]:
     found = {}
     for size in options.sizes:
         workload = Workload(SHAPES[size], options.batch, options.seq, "adamw-fused", options.seed)
-        rounds = Rounds(2, options.rounds)
-        (step,) = run_in_world(1, options.threads, measure_step, workload, rounds, str(options.path))
+        step = _measure_step(workload, options)
         found[size] = step
         table.add_row(
             size, *(f"{1e3 * seconds:.0f}" for seconds in (step.step, step.disk_alone, step.arithmetic_alone)),
@@ -105,64 +109,95 @@ def _steps(options: argparse.Namespace) -> dict[str, Step]:
     return found
 
 
-def measure_step(workload: Workload, rounds: Rounds, path: str) -> Step:
-    """In one process: two engines and the bare stream, in turns."""
-    offloaded, resident = (_engine(workload, {"stage": 2, **block}) for block in (_nvme_optimizer(path), {}))
-    windows = [
-        (segment.states.plan, window)
-        for unit in offloaded._units
+def _measure_step(workload: Workload, options: argparse.Namespace) -> Step:
+    """Turns in processes of their own, with one file on the disk at a time.
+
+    Disks lend speed to who let them rest, and hold what was used last: each turn is several steps of one kind, of which
+    the first does not count.
+    """
+    steps: list[float] = []
+    streams: list[float] = []
+    arithmetic: list[float] = []
+    for _ in range(options.rounds):
+        ((found, pieces),) = run_in_world(1, options.threads, measure_through_the_file, workload, str(options.path))
+        steps.append(statistics.median(found))
+        ((alone, computed),) = run_in_world(1, options.threads, measure_apart, workload, str(options.path), pieces)
+        streams.append(statistics.median(alone))
+        arithmetic.append(statistics.median(computed))
+    return Step(
+        statistics.median(steps),
+        statistics.median(streams),
+        statistics.median(arithmetic),
+        sum(2 * piece.num_bytes - piece.write_begin for piece in pieces),
+        _share(streams, steps),
+        _share(arithmetic, steps),
+    )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one window of states moves in a step: all of it is read, its end is written."""
+
+    num_bytes: int
+    write_begin: int
+
+
+def measure_through_the_file(workload: Workload, path: str) -> tuple[list[float], list[Piece]]:
+    """Seconds of steps behind passes whose gradients went to the file; and what each of them moves."""
+    engine = _engine(workload, {"stage": 2, **_nvme_optimizer(path)})
+    tokens, seconds = workload.tokens(0, 0), []
+    for _ in range(STEPS_A_TURN):
+        engine.backward(engine(tokens))
+        engine._offloading.settle()
+        begin = time.perf_counter()
+        engine.step()
+        engine._offloading.settle()
+        seconds.append(time.perf_counter() - begin)
+    pieces = [
+        Piece(
+            segment.states.plan.kept_bytes(window.span.numel), segment.states.plan.begin("exp_avg", window.span.numel)
+        )
+        for unit in engine._units
         for segment in unit.segments
         if segment.states is not None
         for window in segment.states.windows
     ]
+    engine.close()
+    return seconds[1:], pieces
+
+
+def measure_apart(workload: Workload, path: str, pieces: Sequence[Piece]) -> tuple[list[float], list[float]]:
+    """Seconds of the bare stream and of the bare arithmetic, behind the same passes and the same writes."""
+    engine = _engine(workload, {"stage": 2})
+    tokens, streams, arithmetic = workload.tokens(0, 0), [], []
     with tempfile.TemporaryDirectory(dir=path) as directory:
         io = DirectIO()
         store = SwapFile(Path(directory) / "alone", io)
-        chunks = []
-        for plan, window in windows:
-            numel = window.span.numel
-            chunks.append(Chunk(store.reserve(plan.kept_bytes(numel)), plan.begin("exp_avg", numel)))
+        chunks = [Chunk(store.reserve(piece.num_bytes), piece.write_begin) for piece in pieces]
         store.allocate()
-        slabs = SlabPool(4, max(chunk.extent.num_bytes for chunk in chunks))
-        first = slabs.take()
+        largest = max(piece.num_bytes for piece in pieces)
+        slabs, outside = SlabPool(4, largest), SlabPool(1, largest)
+        memory = outside.take()
         for chunk in chunks:  # what was never written is read as zeros, without the disk
-            store.write(chunk.extent, 0, first.bytes(0, chunk.extent.num_bytes))
-        slabs.give_back(first)
-        alone = ChunkStream(store, slabs)
-        seconds: dict[str, list[float]] = {"step": [], "arithmetic": []}
-        tokens = workload.tokens(0, 0)
-
-        def step_of(engine: Any, name: str) -> Callable[[], None]:
-            def turn() -> None:
-                engine.backward(engine(tokens))
-                engine._offloading.settle()
-                begin = time.perf_counter()
-                engine.step()
-                engine._offloading.settle()
-                seconds[name].append(time.perf_counter() - begin)
-
-            return turn
-
-        turns = {
-            "step": step_of(offloaded, "step"),
-            "arithmetic": step_of(resident, "arithmetic"),
-            "disk": lambda: alone.run(chunks, lambda index, slab: None),
-        }
-        disk = time_in_turns(turns, rounds, workload.seed)["disk"]
+            store.write(chunk.extent, 0, memory.bytes(0, chunk.extent.num_bytes))
+        stream = ChunkStream(store, slabs)
+        for _ in range(STEPS_A_TURN):
+            engine.backward(engine(tokens))
+            begin = time.perf_counter()
+            engine.step()
+            arithmetic.append(time.perf_counter() - begin)
+            for chunk in chunks:
+                store.write(chunk.extent, 0, memory.bytes(0, chunk.write_begin))
+            begin = time.perf_counter()
+            stream.run(chunks, lambda index, slab: None)
+            streams.append(time.perf_counter() - begin)
+        outside.give_back(memory)
         store.close()
-        slabs.close()
+        for pool in (slabs, outside):
+            pool.close()
         io.close()
-    measured = {name: values[rounds.warmup :] for name, values in seconds.items()}
-    for engine in (offloaded, resident):
-        engine.close()
-    return Step(
-        statistics.median(measured["step"]),
-        statistics.median(disk),
-        statistics.median(measured["arithmetic"]),
-        sum(2 * chunk.extent.num_bytes - chunk.write_begin for chunk in chunks),
-        _share(disk, measured["step"]),
-        _share(measured["arithmetic"], measured["step"]),
-    )
+    engine.close()
+    return streams[1:], arithmetic[1:]
 
 
 def _share(part: Sequence[float], whole: Sequence[float]) -> float:
@@ -248,24 +283,44 @@ def _nvme_parameters(path: str) -> dict[str, Any]:
     return {"offload_param": {"device": "nvme", "nvme_path": path}}
 
 
-def _inference(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+@dataclass(frozen=True)
+class Inference:
+    """Speeds in bytes/s, medians over turns."""
+
+    num_bytes: int
+    """Of the weights' file."""
+    token_seconds: float
+    token_speed: float
+    read_speed: float
+    share: float
+    """Median of their quotients in one round."""
+
+
+def _inference(options: argparse.Namespace) -> dict[str, Inference]:
     table = Table(title="a token at a time, weights in a file, one rank", title_justify="left")
-    for column in ("model", "s a token", "s to read the file", "share"):
+    for column in ("model", "weights, MB", "s a token", "MB/s", "MB/s of reads alone", "share"):
         table.add_column(column, justify="right")
     found = {}
     for size in options.growing[:3]:
         workload = Workload(GROWING[size], 1, 1, "adamw-fused", options.seed)
-        (shares,) = run_in_world(
+        (measured,) = run_in_world(
             1, options.threads, measure_inference, workload, Rounds(2, options.rounds), str(options.path)
         )
-        found[size] = shares
-        table.add_row(size, f"{shares[0]:.3f}", f"{shares[1]:.3f}", f"{shares[2]:.2f}")
+        found[size] = measured
+        table.add_row(
+            size, f"{measured.num_bytes / 1e6:.0f}", f"{measured.token_seconds:.3f}",
+            f"{measured.token_speed / 1e6:.0f}", f"{measured.read_speed / 1e6:.0f}", f"{measured.share:.2f}",
+        )  # fmt: skip
     CONSOLE.print(table)
     return found
 
 
-def measure_inference(workload: Workload, rounds: Rounds, path: str) -> tuple[float, float, float]:
-    """Median seconds of a token, of reading the shards' file, and the median of their ratios."""
+def measure_inference(workload: Workload, rounds: Rounds, path: str) -> Inference:
+    """Tokens in turn with reads of the same file without a model.
+
+    The engine reads ahead into the next token, and what it holds it does not read again: speeds are of the bytes that
+    the process has read in the turn, which ends with a read behind all others.
+    """
     engine = _engine(workload, {"stage": 3, **_nvme_parameters(path)}, trains=False)
     places = [segment.places.parameters for unit in engine._units for segment in unit.segments]
     slabs = SlabPool(5, max(place.extent.num_bytes for place in places))
@@ -285,13 +340,35 @@ def measure_inference(workload: Workload, rounds: Rounds, path: str) -> tuple[fl
         with torch.no_grad():
             engine(workload.tokens(0, 0))
 
-    seconds = time_in_turns({"token": token, "read": read}, rounds, workload.seed)
+    read_bytes: dict[str, list[int]] = {"token": [], "read": []}
+
+    def turn(name: str, work: Callable[[], None]) -> None:
+        before = _bytes_read()
+        for _ in range(TOKENS_A_TURN):
+            work()
+        places[0].store.read(places[0].extent, 0, ring[0].bytes(0, PAGE_BYTES))
+        read_bytes[name].append(_bytes_read() - before)
+
+    turns = {"token": partial(turn, "token", token), "read": partial(turn, "read", read)}
+    seconds = time_in_turns(turns, rounds, workload.seed)
     engine.close()
-    return (
-        statistics.median(seconds["token"]),
-        statistics.median(seconds["read"]),
-        _share(seconds["read"], seconds["token"]),
+    speeds = {
+        name: [n / s for n, s in zip(read_bytes[name][-len(each) :], each, strict=True)]
+        for name, each in seconds.items()
+    }
+    return Inference(
+        num_bytes=sum(place.extent.num_bytes for place in places),
+        token_seconds=statistics.median(seconds["token"]) / TOKENS_A_TURN,
+        token_speed=statistics.median(speeds["token"]),
+        read_speed=statistics.median(speeds["read"]),
+        share=_share(speeds["token"], speeds["read"]),
     )
+
+
+def _bytes_read() -> int:
+    """From disks, by this process so far."""
+    found: int = psutil.Process().io_counters().read_bytes
+    return found
 
 
 def _parse_options() -> argparse.Namespace:
