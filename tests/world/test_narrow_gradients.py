@@ -69,6 +69,19 @@ def test_the_first_of_a_step_leaves_in_two_bytes(
     world.run(offloaded_alike, recipe, config_of(2, **settings), config_of(2, zero=zero, **settings), widths)
 
 
+def test_what_does_not_travel_is_not_rounded_for_it(world1: World, tmp_path: Path) -> None:
+    settings: Config = {"accumulation": 2, "communication_data_type": "bf16"}
+    recipe = dataclasses.replace(TIED, accumulation=2)
+    for stage in (1, 2, 3):
+        zero = zero_block("none", "nvme", tmp_path) if stage > 1 else {}
+        world1.run(rounds_nothing, recipe, config_of(stage, zero=zero, **settings), config_of(2, accumulation=2))
+
+
+def rounds_nothing(recipe: Recipe, config: Config, plain: Config) -> None:
+    with host_memory_apart():
+        assert_same(train_with_engine(recipe, config), train_with_engine(recipe, plain), "one rank")
+
+
 def lands_alike(recipe: Recipe, plain: Config, offloaded: Config) -> None:
     """On the CPU a reduction sums into the landing itself: here a transfer is needed, as on a GPU."""
     expected = train_with_engine(recipe, plain)

@@ -119,7 +119,11 @@ def with_gradients(comm: Communicator, segment: Segment, precision: Precision, c
         precision: dtypes of compute and travel.
         contiguous: False keeps gradients as autograd makes them until the unit is reduced.
     """
-    dtype, travel = master_dtype(segment.dtype), precision.communication or segment.dtype
+    # Of one rank alone nothing travels: gradients stay as autograd made them, and sums of them are not rounded.
+    alone = comm.world.size == 1
+    dtype, travel = master_dtype(segment.dtype), segment.dtype
+    if not alone and precision.communication is not None:
+        travel = precision.communication
     gradients: GradientHome
     if segment.sharding.gradient:
         one_pass = OnePass(comm, segment.layout, dtype, travel, contiguous)
@@ -130,9 +134,8 @@ def with_gradients(comm: Communicator, segment: Segment, precision: Precision, c
             else OffloadedGradients(comm, dtype, one_pass, states)
         )
     else:
-        # Of one rank alone nothing travels, and a sum of several passes need not be rounded.
-        travel = dtype if comm.world.size == 1 else travel
-        gradients = ResidentGradients(comm, segment.layout, dtype, travel, segment.parameters.master_span)
+        sums_travel = dtype if alone else travel
+        gradients = ResidentGradients(comm, segment.layout, dtype, sums_travel, segment.parameters.master_span)
     return replace(segment, gradients=gradients)
 
 
