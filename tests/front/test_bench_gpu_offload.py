@@ -19,6 +19,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_same_way_without_a_gpu(tmp_path: Path) -> None:
     result, traces = tmp_path / "result.json", tmp_path / "traces"
     small = ("--batch", "1", "--seq", "16", "--warmup", "1", "--steps", "2", "--threads", "1")

@@ -120,7 +120,8 @@ def modules() -> Callable[[str], ModuleType]:
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_stage_changes_no_bit(stages: Callable[[int], Run], stage: int) -> None:
     reference, run = stages(0), stages(stage)
     assert len(reference.rows) == NUM_STEPS + 1, "a row a step and one of the evaluation"

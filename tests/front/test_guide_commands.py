@@ -113,7 +113,8 @@ def test_the_plugin_examples_start(directory: Path, name: str, stage: int) -> No
     assert config["gradient_clipping"] == 1.0 and "Mixed precision type: fp16" in lines
 
 
-@pytest.mark.parametrize("name", ["file_zero2.yaml", pytest.param("file_zero3_offload.yaml", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["file_zero2.yaml", "file_zero3_offload.yaml"])
 def test_the_config_file_examples_start(directory: Path, name: str) -> None:
     text = (directory / name).read_text()
     # The guide's path is that of its author's home.

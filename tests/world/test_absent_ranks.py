@@ -163,7 +163,7 @@ if state.process_index == int(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("alone", [0, 1])
+@pytest.mark.parametrize("alone", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_end_of_a_real_script(alone: int) -> None:
     """Also where the rank that ends is the one that keeps the store."""
     ranks = run_on_ranks(2, SCRIPT, str(alone))

@@ -94,7 +94,7 @@ def main():
 """
 
 
-@pytest.mark.parametrize("last_words", ["", "    dist.destroy_process_group()\n"])
+@pytest.mark.parametrize("last_words", ["", pytest.param("    dist.destroy_process_group()\n", marks=pytest.mark.slow)])
 def test_a_script_that_ends_takes_the_groups_threads_along(last_words: str) -> None:
     """Its engine was never closed, and the group was ended under it, or not at all."""
     for rank in run_on_ranks(2, f"{END}{last_words}main()\n"):

@@ -376,7 +376,7 @@ def received_in_a_step(
         return engine._comm.traffic.by_route, report.states_bytes
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_step_moves_what_the_formula_says(world4: World, accumulation: int) -> None:
     """W = 4, groups of k, R = W/k replicas, b bytes, g micro-batches: gathers of 2 g b P (k - 1)/k and a reduction of
     g b P (k - 1)/k inside the group, and g times 8 P/k (R - 1)/R bytes of fp32 sums between replicas."""

@@ -56,7 +56,7 @@ def offloaded_alike(recipe: Recipe, plain: Config, offloaded: Config, widths: li
 @pytest.mark.parametrize(
     ("ranks", "accumulation", "widths"), [(1, 1, [2]), (1, 3, [2, 4, 4]), (2, 1, [4])], ids=["one", "adds up", "two"]
 )
-@pytest.mark.parametrize("window", [1 << 20, 1009])
+@pytest.mark.parametrize("window", [pytest.param(1 << 20, marks=pytest.mark.slow), 1009])
 def test_the_first_of_a_step_leaves_in_two_bytes(
     request: pytest.FixtureRequest, place: str, precision: str, ranks: int, accumulation: int, widths: list[int],
     window: int, tmp_path: Path,

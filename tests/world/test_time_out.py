@@ -47,7 +47,7 @@ STAYING, LEAVING = (3, True), (3, False)
     grid(
         [(1, False), STAYING, LEAVING],
         ["process_group", "shared_memory"],
-        quick=[((1, False), "process_group"), (STAYING, "shared_memory"), (LEAVING, "process_group")],
+        quick=[(STAYING, "shared_memory"), (LEAVING, "process_group")],
     ),
 )
 def test_data_run_out_on_one_rank(own_world: Callable[..., World], case: tuple[int, bool], transport: str) -> None:
