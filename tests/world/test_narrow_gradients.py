@@ -48,6 +48,7 @@ def offloaded_alike(recipe: Recipe, plain: Config, offloaded: Config, widths: li
     assert_same(record, expected, "offloaded against not offloaded")
     assert record.norms == expected.norms
     num_buffers = len(found) // (len(widths) * recipe.steps)
+    assert num_buffers > 0, "no gradient left the device"
     assert found == [width for width in widths for _ in range(num_buffers)] * recipe.steps
 
 

@@ -2,7 +2,7 @@
 
 ::
 
-    gather    each rank looks what it has; a mistake on one rank is everybody's error before a file is made
+    gather    each rank finds what it has; a mistake on one rank is everybody's error before a file is made
     write     each rank its file, under a name that no other save has; wait for the disk
     agree     what it holds, sizes and checksums travel to rank 0; a full disk on one rank is everybody's error
     commit    rank 0: manifest (one rename), then ``latest`` (one rename), then what nobody needs any more goes
